@@ -1,0 +1,68 @@
+"""``python -m lasagna.bench NAME``: run one benchmark.
+
+A benchmark is a module with ``run(*, quick: bool) -> Result``, entered in `BENCHMARKS`. It is
+imported only when it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lasagna.bench.machine import noise_between, read_ticks
+from lasagna.bench.report import Result, write_results
+from lasagna.errors import LasagnaError
+
+BENCHMARKS: Final[dict[str, str]] = {
+    "overhead": "lasagna.bench.overhead",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark that the arguments name.
+
+    Returns:
+        The exit code: 0; 1 if a bar falls short or the benchmark fails. Wrong arguments exit with 2
+        and the list of benchmarks.
+    """
+    names = sorted(BENCHMARKS)
+    parser = argparse.ArgumentParser(
+        prog="python -m lasagna.bench",
+        description="Run one benchmark.",
+        # In the usage, for argparse prints that with every error.
+        usage=f"%(prog)s NAME [--quick] [--out OUT]\nbenchmarks: {', '.join(names)}",
+    )
+    parser.add_argument("name", choices=names, metavar="NAME", help="one of the benchmarks above")
+    parser.add_argument("--quick", action="store_true", help="a short run, to NAME-quick.json")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
+    chosen = parser.parse_args(arguments)
+    try:
+        return _run(chosen.name, quick=chosen.quick, out=chosen.out)
+    except LasagnaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def _run(name: str, *, quick: bool, out: Path) -> int:
+    load_before = os.getloadavg()[0]
+    before = read_ticks()
+    result: Result = importlib.import_module(BENCHMARKS[name]).run(quick=quick)
+    return write_results(
+        name,
+        samples=result.samples,
+        bars=result.bars,
+        extra=result.extra,
+        figure=result.figure,
+        noise=noise_between(before, read_ticks(), load_before),
+        quick=quick,
+        out=out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""``lasagna serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from lasagna.cli.broker import default_state
+from lasagna.errors import LasagnaError, UsageError
+from lasagna.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from lasagna.server.host import ModelHost
+    from lasagna.server.lifecycle import HostConfig
+    from lasagna.server.release import BrokerRelay
+
+DEFAULT_PORT: Final = 8000
+
+
+class LogLevel(StrEnum):
+    """What is logged, and all that is graver."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+
+
+_QUIT_AT_ONCE: Final = 130
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What was asked for on the command line."""
+
+    packages: Sequence[Path]
+    config: HostConfig
+    listener: socket.socket
+    broker: str | None
+    local_keys: Sequence[Path]
+    broker_state: Path
+    socket_dir: Path | None
+    drain_s: float
+
+
+def serve(
+    packages: Annotated[
+        list[Path], typer.Argument(help="Sealed packages; each is served from its own enclave.")
+    ],
+    budget: Annotated[
+        str, typer.Option(help="Enclave memory for each model, such as 12MB or 93.5MiB.")
+    ],
+    broker: Annotated[
+        str | None, typer.Option(help="URL of the key broker, such as http://keys:8100.")
+    ] = None,
+    insecure_local_broker: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--insecure-local-broker",
+            metavar="KEYFILE",
+            help="Start a key broker here with this model's key file; may be repeated.",
+        ),
+    ] = None,
+    broker_state: Annotated[
+        Path | None, typer.Option(help="Folder of the local broker's own secrets.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 1,
+    intra_op_threads: Annotated[int, typer.Option(min=1, help="Threads within a layer.")] = 1,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=4096, help="Rows of one batch, if the budget allows it.")
+    ] = 8,
+    queue_limit: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any.")] = DEFAULT_PORT,
+    socket_dir: Annotated[
+        Path | None, typer.Option(help="Private folder for sockets; a temporary one by default.")
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds for requests to finish when the server stops.")
+    ] = 30.0,
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.INFO,
+) -> None:
+    """Serve sealed models from enclaves, over the Open Inference Protocol v2.
+
+    On this machine's backend an enclave is an ordinary process: everything works as under SGX, but
+    nothing is protected. Ctrl-C finishes the requests that are here and stops; a second one quits.
+    """
+    from lasagna.server.lifecycle import HostConfig
+
+    if (broker is None) == (not insecure_local_broker):
+        raise UsageError("name one key broker: --broker URL, or --insecure-local-broker KEYFILE")
+    if threads > 1 and intra_op_threads > 1:
+        raise UsageError("choose --threads or --intra-op-threads: only one of them above 1")
+    config = HostConfig(
+        budget=parse_bytes(budget),
+        threads=threads,
+        intra_op_threads=intra_op_threads,
+        max_batch=max_batch,
+        queue_limit=queue_limit,
+    )
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    for noisy in ("asyncio", "httpcore", "httpx", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with _listen(host, port) as listener:
+        plan = _Plan(
+            packages=packages,
+            config=config,
+            listener=listener,
+            broker=broker,
+            local_keys=[path.resolve() for path in insecure_local_broker or ()],
+            broker_state=(broker_state or default_state()).resolve(),
+            socket_dir=socket_dir,
+            drain_s=drain,
+        )
+        try:
+            asyncio.run(_serve(plan))
+        except asyncio.CancelledError:
+            raise typer.Exit(_QUIT_AT_ONCE) from None
+
+
+async def _serve(plan: _Plan) -> None:
+    from lasagna.gateway.app import gateway_app
+    from lasagna.gateway.run import serving
+
+    stop = asyncio.Event()
+    _catch_signals(stop)
+    async with contextlib.AsyncExitStack() as stack:
+        folder = plan.socket_dir or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="lasagna-"))
+        )
+        hosts = await stack.enter_async_context(_hosts(plan, folder))
+        async with serving(gateway_app(hosts), plan.listener), asyncio.TaskGroup() as tasks:
+            shown = [tasks.create_task(_show(model)) for model in hosts.values()]
+            await stop.wait()
+            for task in shown:
+                task.cancel()
+            waiting = "finishing the requests that are here; Ctrl-C again quits at once"
+            typer.echo(waiting, err=True)
+            for model in hosts.values():
+                tasks.create_task(model.stop(plan.drain_s))
+
+
+@contextlib.asynccontextmanager
+async def _hosts(plan: _Plan, folder: Path) -> AsyncIterator[dict[str, ModelHost]]:
+    from lasagna.server.host import ModelHost
+    from lasagna.server.local_broker import insecure_local_broker
+    from lasagna.server.release import BrokerRelay
+    from lasagna.tee.process import InsecureProcessBackend
+
+    backend = InsecureProcessBackend()
+    measurement = backend.measurement()
+    async with contextlib.AsyncExitStack() as stack:
+        url = plan.broker
+        if url is None:
+            url = await stack.enter_async_context(
+                insecure_local_broker(plan.local_keys, measurement, plan.broker_state)
+            )
+        relay = BrokerRelay(url)
+        hosts: dict[str, ModelHost] = {}
+        for package in plan.packages:
+            host = ModelHost(package, plan.config, backend, relay, folder)
+            if host.name in hosts:
+                raise UsageError(f"two packages are called {host.name!r}")
+            hosts[host.name] = host
+        address = plan.listener.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        typer.echo(f"serving on http://{shown}:{address[1]} (Open Inference Protocol v2)")
+        typer.echo(f"backend {backend.name}: EMULATED enclaves, which protect nothing")
+        typer.echo(f"clients need --allow-measurement {measurement.hex()}")
+        typer.echo(f"             --broker-key {await _broker_key(relay)}")
+        typer.echo("             --insecure-allow-emulated")
+        for host in hosts.values():
+            await stack.enter_async_context(host)
+        yield hosts
+
+
+async def _broker_key(relay: BrokerRelay) -> str:
+    try:
+        return (await relay.public_key()).hex()
+    except LasagnaError as error:
+        return f"(unknown: {error})"
+
+
+async def _show(host: ModelHost) -> None:
+    """Say how a model is, as soon as that is certain."""
+    status, plan = await host.settled(), host.facts.plan
+    if not status.ready or plan is None:
+        typer.echo(f"model {host.name}: {status.state}: {status.reason}")
+        return
+    typer.echo(
+        f"model {host.name}: ready: {format_bytes(plan.weight_bytes)} of weights in "
+        f"{plan.slices} slices, "
+        f"{format_bytes(plan.pinned_bytes)} pinned; {format_bytes(plan.total_bytes)} of enclave "
+        f"memory; up to {plan.max_batch} rows a batch"
+    )
+
+
+def _catch_signals(stop: asyncio.Event) -> None:
+    """The first signal asks to stop, the second quits; whatever is left dies with the host."""
+    loop = asyncio.get_running_loop()
+    main = asyncio.current_task()
+    assert main is not None
+
+    def caught() -> None:
+        if not stop.is_set():
+            stop.set()
+        elif not main.cancelling():
+            main.cancel()
+        else:
+            os._exit(_QUIT_AT_ONCE)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, caught)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"can't listen on {host}, port {port}: {error}") from None

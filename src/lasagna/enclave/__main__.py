@@ -1,0 +1,55 @@
+"""Start of an enclave process: ``python -m lasagna.enclave --socket PATH --budget BYTES ...``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import socket
+import sys
+from typing import Final
+
+from lasagna.enclave.messages import DEFAULT_FRAME_LIMIT
+from lasagna.enclave.service import Enclave, Limits
+from lasagna.errors import LasagnaError
+from lasagna.trust.evidence import InsecureEmulatedQuoter
+
+SWITCH_INTERVAL_S: Final = 1e-4
+"""How long a thread may keep Python from the others: a compute thread must not wait 5 ms, the
+default, for the main thread to finish opening a request."""
+
+
+def main() -> int:
+    """Connect to the host and serve it until it says Stop or goes away."""
+    parser = argparse.ArgumentParser(prog="lasagna.enclave", description=__doc__)
+    parser.add_argument("--socket", required=True, help="Unix socket that the host listens on")
+    parser.add_argument("--budget", type=int, required=True, help="bytes of enclave memory")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads")
+    parser.add_argument("--intra-op-threads", type=int, default=1, help="threads of one session")
+    parser.add_argument("--frame-limit", type=int, default=DEFAULT_FRAME_LIMIT)
+    parser.add_argument(
+        "--insecure-measurement",
+        required=True,
+        help="what emulated evidence claims this code to be, in hex; protects nothing",
+    )
+    arguments = parser.parse_args()
+    measurement = bytes.fromhex(arguments.insecure_measurement)
+    quoter = InsecureEmulatedQuoter(measurement, signer=bytes(32))
+    limits = Limits(
+        arguments.budget, arguments.threads, arguments.intra_op_threads, arguments.frame_limit
+    )
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(arguments.socket)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.freeze()
+        Enclave(connection, limits, quoter).serve()
+    except (OSError, LasagnaError) as error:
+        sys.stderr.write(f"enclave: {error}\n")
+        return 1
+    finally:
+        connection.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""How a model is fitted into the enclave's memory budget. Pure arithmetic on public facts.
+
+::
+
+    budget = pinned weights + ring slots + activations + inputs that wait + workspace + staging
+
+Everything is decided before the first request: what does not fit is refused here, with the slice
+and the bytes, and never runs out of memory later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lasagna.errors import BudgetError
+from lasagna.package.format import (
+    CHUNK_BYTES,
+    PROFILE_BATCHES,
+    TAG_BYTES,
+    SliceFacts,
+    Variant,
+)
+from lasagna.units import MIB, format_bytes
+
+ALIGNMENT: Final = 64
+RING_SLOTS: Final = 3
+"""One slot in use, one ready, one being filled."""
+SHARED_ARENA_MARGIN: Final = 1.5
+"""Room for fragmentation when several compute threads allocate from one workspace arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where everything lies. Sizes in bytes.
+
+    Attributes:
+        max_batch: rows that one run may have.
+        pinned: slices whose weights stay.
+        ring_slots: how many slots hold streamed slices.
+        slot_bytes: size of a slot.
+        activation_bytes: activations of one compute thread.
+        input_slots: requests' inputs that may wait opened; 0 when they go to the activations.
+        input_slot_bytes: size of one.
+        workspace_bytes: ONNX Runtime's arena, for all threads.
+        staging_bytes: ciphertext of one thread that decrypts.
+        staging_count: how many threads decrypt.
+        weight_bytes: of all slices.
+        pinned_bytes: of the pinned ones.
+        total_bytes: of everything; at most the budget.
+    """
+
+    max_batch: int
+    pinned: frozenset[int]
+    ring_slots: int
+    slot_bytes: int
+    activation_bytes: int
+    input_slots: int
+    input_slot_bytes: int
+    workspace_bytes: int
+    staging_bytes: int
+    staging_count: int
+    weight_bytes: int
+    pinned_bytes: int
+    total_bytes: int
+
+
+def make_plan(
+    variant: Variant,
+    budget: int,
+    threads: int,
+    max_batch: int,
+    *,
+    name: str = "model",
+    pin: bool = True,
+) -> Plan:
+    """Choose batch, pinned slices and ring for a budget.
+
+    More batch costs activations, which pinned weights then lack. So the batch is the largest that
+    leaves all weights pinned, or else takes no more than a third of the budget.
+
+    Args:
+        variant: the public facts of the variant that will run.
+        budget: bytes of enclave memory for this model.
+        threads: compute threads, each with activations of its own.
+        max_batch: largest batch wanted; 1 for a model without a batch dimension.
+        name: of the model, for the message.
+        pin: keep slices where there is room; otherwise stream all of them.
+
+    Raises:
+        BudgetError: even batch 1 with one ring slot does not fit.
+    """
+    weights = sum(_aligned(facts.weight_bytes) for facts in variant.slices)
+    batches = sorted({b for b in (1, 2, 4, 8, 16, 32, 64, 128) if b < max_batch} | {max_batch})
+    for apart in (True, False):
+        for batch in reversed(batches):
+            fixed = _Fixed.of(variant, threads, batch, apart)
+            if pin and fixed.total + weights <= budget:
+                return _plan(variant, fixed, frozenset(range(len(variant.slices))), 0, 0)
+            lean = fixed.total <= budget // 3 if apart else batch == 1 or fixed.total <= budget // 3
+            plan = _stream(variant, fixed, budget, pin) if lean else None
+            if plan is not None:
+                return plan
+    raise BudgetError(_shortage(variant, budget, threads, name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What a batch size costs, whatever is pinned."""
+
+    batch: int
+    activations: int
+    input_slots: int
+    input_slot: int
+    workspace: int
+    staging: int
+    staging_count: int
+    total: int
+
+    @staticmethod
+    def of(variant: Variant, threads: int, batch: int, apart: bool) -> _Fixed:
+        activations = variant.places.size * batch
+        input_slots = threads + 1 if apart else 0
+        row = [_aligned(variant.tensor_bytes[n] * batch) for n in variant.inputs]
+        input_slot = sum(row) if apart else 0
+        workspace = max(workspace_at(facts, batch) for facts in variant.slices) * threads
+        if threads > 1:
+            workspace = int(workspace * SHARED_ARENA_MARGIN)
+        workspace = _aligned(workspace)
+        largest = max(facts.weight_bytes for facts in variant.slices)
+        staging = _aligned(min(CHUNK_BYTES, largest) + TAG_BYTES)
+        total = threads * activations + input_slots * input_slot + workspace
+        total += (threads + 1) * staging
+        return _Fixed(
+            batch,
+            activations,
+            input_slots,
+            input_slot,
+            workspace,
+            staging,
+            threads + 1,
+            total,
+        )
+
+
+def _stream(variant: Variant, fixed: _Fixed, budget: int, pin: bool) -> Plan | None:
+    """Spend what is left on a ring and pinned slices, or say that it is too little."""
+    slot = max(_aligned(facts.weight_bytes) for facts in variant.slices)
+    room = budget - fixed.total
+    if room < slot:
+        return None
+    # With little room, pins do more than a third slot.
+    slots = min(RING_SLOTS, max(1, room // (3 if pin else 1) // slot), len(variant.slices))
+    if slots == 1 and room >= 2 * slot:
+        slots = 2
+    if not pin:
+        return _plan(variant, fixed, frozenset(), slots, slot)
+    pinned = choose_pinned(variant.slices, room - slots * slot, slots * slot)
+    streamed = [f for n, f in enumerate(variant.slices) if n not in pinned]
+    slot = max(_aligned(facts.weight_bytes) for facts in streamed)
+    return _plan(variant, fixed, pinned, min(slots, len(streamed)), slot)
+
+
+def _plan(variant: Variant, fixed: _Fixed, pinned: frozenset[int], slots: int, slot: int) -> Plan:
+    pinned_bytes = sum(_aligned(variant.slices[n].weight_bytes) for n in pinned)
+    return Plan(
+        max_batch=fixed.batch,
+        pinned=pinned,
+        ring_slots=slots,
+        slot_bytes=slot,
+        activation_bytes=fixed.activations,
+        input_slots=fixed.input_slots,
+        input_slot_bytes=fixed.input_slot,
+        workspace_bytes=fixed.workspace,
+        staging_bytes=fixed.staging,
+        staging_count=fixed.staging_count,
+        weight_bytes=variant.weight_bytes,
+        pinned_bytes=pinned_bytes,
+        total_bytes=fixed.total + pinned_bytes + slots * slot,
+    )
+
+
+def choose_pinned(slices: Sequence[SliceFacts], room: int, ring: int) -> frozenset[int]:
+    """Which slices to keep so that loading the others hides behind computing.
+
+    Slices run in a cycle and are loaded ahead by as much as the ring holds. While slices compute,
+    credit grows with the bytes that could be loaded meanwhile, up to the ring; a slice is streamed
+    when the credit covers it, else pinned. The smallest rate of credit that pins no more than fits
+    spreads what must be streamed evenly over the cycle, so no stretch of it waits for the loader.
+    (An LRU cache would miss on every slice of a cycle that exceeds it.)
+
+    Args:
+        slices: facts of all slices, in order.
+        room: bytes for pinned weights.
+        ring: bytes of the ring.
+
+    Returns:
+        Numbers of the slices to pin; their aligned weights take at most ``room`` bytes.
+    """
+    sizes = [_aligned(facts.weight_bytes) for facts in slices]
+    times = [
+        facts.compute_s[0] if facts.compute_s else float(facts.weight_bytes) for facts in slices
+    ]
+    low, high = 0.0, 1.0
+    while sum(sizes[n] for n in _pins(sizes, times, high, ring)) > room and high < 1e30:
+        high *= 4
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = sum(sizes[n] for n in _pins(sizes, times, middle, ring)) <= room
+        low, high = (low, middle) if fits else (middle, high)
+    chosen = _pins(sizes, times, high, ring)
+    left = room - sum(sizes[n] for n in chosen)
+    if left < 0:  # no rate is high enough: a slice larger than the ring can't be streamed ahead
+        chosen, left = set(), room
+    for number in sorted(set(range(len(slices))) - chosen, key=lambda n: (-sizes[n], n)):
+        if sizes[number] <= left:
+            chosen.add(number)
+            left -= sizes[number]
+    return frozenset(chosen)
+
+
+def _pins(sizes: Sequence[int], times: Sequence[float], rate: float, ring: int) -> set[int]:
+    """Slices that the credit does not cover; the second turn of the cycle counts."""
+    credit, pins = 0.0, set[int]()
+    for turn in range(2):
+        pins = set()
+        for number, (size, seconds) in enumerate(zip(sizes, times, strict=True)):
+            if credit >= size:
+                credit -= size
+            elif turn:
+                pins.add(number)
+            credit = min(float(ring), credit + rate * seconds)
+    return pins
+
+
+def workspace_at(facts: SliceFacts, batch: int) -> int:
+    """Bytes of workspace for a batch size, from those that were measured."""
+    for measured, size in zip(PROFILE_BATCHES, facts.workspace, strict=True):
+        if batch <= measured:
+            return size
+    last, before = facts.workspace[-1], facts.workspace[-2]
+    per_row = -(-(last - before) // (PROFILE_BATCHES[-1] - PROFILE_BATCHES[-2]))
+    return last + max(0, per_row) * (batch - PROFILE_BATCHES[-1])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _shortage(variant: Variant, budget: int, threads: int, name: str) -> str:
+    fixed = _Fixed.of(variant, threads, 1, apart=False)
+    numbers = range(len(variant.slices))
+    heavy = max(numbers, key=lambda n: variant.slices[n].weight_bytes)
+    wide = max(numbers, key=lambda n: _live_bytes(variant, n))
+    busy = max(numbers, key=lambda n: workspace_at(variant.slices[n], 1))
+    slot = _aligned(variant.slices[heavy].weight_bytes)
+    need = fixed.total + slot
+    each = f"{threads} x " if threads > 1 else ""
+    return (
+        f"{name!r} ({variant.name}) needs at least {need} bytes at batch 1, the budget is "
+        f"{budget}: activations {each}{fixed.activations} (slice {wide}), "
+        f"workspace {fixed.workspace} (slice {busy}), "
+        f"weights of one slice {slot} (slice {heavy}), "
+        f"staging {fixed.staging * fixed.staging_count}. Start the enclave with "
+        f"{format_bytes(-(-need // MIB) * MIB)} or more, or seal with smaller --slice-bytes "
+        "or --memory-bytes"
+    )
+
+
+def _live_bytes(variant: Variant, number: int) -> int:
+    """Bytes a row of the tensors that exist while a slice runs, its own inputs and outputs too."""
+    crossing = set(live_at_cut(variant, number)) | set(variant.slices[number].outputs)
+    return sum(variant.tensor_bytes[tensor] for tensor in crossing)
+
+
+def live_at_cut(variant: Variant, cut: int) -> tuple[int, ...]:
+    """Tensors that cross the cut before slice ``cut``: made before it, needed at it or later."""
+    made = set(variant.inputs).union(*(facts.outputs for facts in variant.slices[:cut]))
+    needed = set(variant.outputs).union(*(facts.inputs for facts in variant.slices[cut:]))
+    return tuple(sorted(made & needed))

@@ -1,0 +1,82 @@
+"""How a slice's graph is opened in ONNX Runtime: by the enclave to run it, by the owner to measure.
+
+One place, because the measurement is only worth something if both open it alike.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Final
+
+import numpy as np
+import onnxruntime as ort
+
+from lasagna.errors import PackageError
+
+_SLACK: Final = 4096
+"""The arena's first chunk must be a little smaller than its limit, or it is not granted."""
+
+_NCHWC_PROBE: Final = base64.b64decode(
+    "CAg6WgopCgF4EgF5IgxSZW9yZGVySW5wdXQ6E2NvbS5taWNyb3NvZnQubmNod2MSBXByb2JlWhsKAXgS"
+    "FgoUCAESEAoCCAEKAghACgIIAQoCCAJiCQoBeRIECgIIAUIECgAQEUIXChNjb20ubWljcm9zb2Z0Lm5j"
+    "aHdjEAE="
+)
+"""An ONNX graph of one node, ReorderInput, from [1, 64, 1, 2] to the NCHWc layout. The enclave has
+no library to build graphs with; tests/enclave/test_enclave_sessions.py builds this one again."""
+
+
+def native_block() -> int:
+    """Channels in a block of the NCHWc layout that this processor's kernels use: 8, 16, ...
+
+    Found by asking: blocked memory is [channel block][pixel][channel], so the place of channel 0's
+    second pixel is the block. A graph made for another block would run and give nonsense.
+    """
+    session = ort.InferenceSession(_NCHWC_PROBE, providers=["CPUExecutionProvider"])
+    pixels = np.arange(128, dtype=np.float32).reshape(1, 64, 1, 2)
+    (blocked,) = session.run(None, {"x": pixels})
+    return int(np.flatnonzero(np.asarray(blocked).ravel() == 1.0)[0])
+
+
+def set_workspace_arena(size: int) -> None:
+    """Limit what ONNX Runtime allocates for intermediate results, for all sessions opened later.
+
+    They share one arena of one region of ``size`` bytes: an allocation beyond it fails, nothing
+    grows. Sessions opened earlier keep the arena they have.
+    """
+    arena = ort.OrtArenaCfg(
+        {
+            "max_mem": size + _SLACK,
+            "arena_extend_strategy": 0,  # one region, split and joined as needed
+            "initial_chunk_size_bytes": size,
+            "max_dead_bytes_per_chunk": 2**30,
+        }
+    )
+    info = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(info, arena)
+
+
+def open_slice_session(model: bytes, threads: int) -> ort.InferenceSession:
+    """A session of a slice's graph as it stands, in the shared workspace arena.
+
+    Args:
+        model: the slice's serialised graph.
+        threads: intra-op threads; with 1 the session starts none.
+
+    Raises:
+        PackageError: ONNX Runtime does not accept the graph.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+        reason = str(error).splitlines()[0]
+        raise PackageError(f"a slice's graph does not open: {reason}") from None

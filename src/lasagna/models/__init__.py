@@ -1,0 +1,1 @@
+"""The owner's side: an ONNX model in, a sealed package out. Runs where plaintext is allowed."""

@@ -1,0 +1,1 @@
+"""The sealed package: what the owner writes and the enclave reads (docs/reference/package.md)."""

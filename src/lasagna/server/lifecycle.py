@@ -1,0 +1,246 @@
+"""One life of an enclave: started, connected, loaded, and in the end buried."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from lasagna.enclave.messages import (
+    DEFAULT_FRAME_LIMIT,
+    KeysRequested,
+    Load,
+    Loaded,
+    RequestKeys,
+    Stop,
+    Stopped,
+)
+from lasagna.errors import (
+    EnclaveLostError,
+    KeyRefusedError,
+    LasagnaError,
+    ProtocolError,
+    TrustError,
+    UsageError,
+)
+from lasagna.package.reader import Package
+from lasagna.server.link import EnclaveLink, accept_enclave
+from lasagna.server.release import KeyRelay
+from lasagna.server.served import ModelFacts
+from lasagna.tee.backend import EnclaveBackend, EnclaveSpec, RunningEnclave
+from lasagna.units import Bytes
+
+_log: Final = logging.getLogger(__name__)
+_MAX_SOCKET_PATH: Final = 107
+"""``sun_path`` of unix(7) without its last byte."""
+_numbers: Final = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """How one model is served.
+
+    Attributes:
+        budget: bytes of enclave memory.
+        threads: compute threads, each with a request of its own.
+        intra_op_threads: threads within one layer.
+        max_batch: rows of one batch at most; the plan may allow fewer.
+        queue_limit: requests that may wait.
+        frame_limit: longest frame between host and enclave, in bytes.
+        start_timeout_s: for an enclave to connect and say hello.
+        load_timeout_s: for it to decrypt and prepare the model.
+        answer_timeout_s: an enclave that takes longer over one batch is taken for dead.
+        exit_timeout_s: for it to end by itself, before it is killed.
+    """
+
+    budget: Bytes
+    threads: int = 1
+    intra_op_threads: int = 1
+    max_batch: int = 8
+    queue_limit: int = 64
+    frame_limit: int = DEFAULT_FRAME_LIMIT
+    start_timeout_s: float = 30.0
+    load_timeout_s: float = 120.0
+    answer_timeout_s: float = 60.0
+    exit_timeout_s: float = 5.0
+
+
+def read_facts(package: Path) -> tuple[str, ModelFacts]:
+    """A package's name and public facts, which nobody has vouched for yet.
+
+    Raises:
+        PackageError: it can't be read, or is malformed.
+    """
+    with Package(package) as opened:
+        manifest = opened.manifest
+        facts = ModelFacts(
+            opened.model_digest, manifest.inputs, manifest.outputs, manifest.batchable
+        )
+    return manifest.name, facts
+
+
+@contextlib.asynccontextmanager
+async def enclave_life(
+    backend: EnclaveBackend, config: HostConfig, socket_dir: Path, title: str
+) -> AsyncIterator[EnclaveLink]:
+    """Start an enclave and connect to it; at the end of the block it is gone.
+
+    Args:
+        backend: starts it.
+        config: see ``HostConfig``.
+        socket_dir: an absolute path.
+        title: for the log.
+
+    Raises:
+        EnclaveLostError: it did not start; or, out of the block, how it died.
+        ProtocolError: it speaks another protocol.
+        UsageError: the path of the socket is too long for the system.
+        OSError: the process or the socket can't be made.
+    """
+    path = socket_dir / f"{next(_numbers)}.sock"
+    if len(bytes(path)) > _MAX_SOCKET_PATH:
+        raise UsageError(
+            f"the socket's path {path} has {len(bytes(path))} bytes; the system allows "
+            f"{_MAX_SOCKET_PATH}: choose a shorter --socket-dir"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as listener:
+        listener.bind(str(path))
+        try:
+            listener.listen(1)
+            process = await backend.start(
+                EnclaveSpec(
+                    socket=path,
+                    budget=config.budget,
+                    threads=config.threads,
+                    intra_op_threads=config.intra_op_threads,
+                    frame_limit=config.frame_limit,
+                )
+            )
+            _log.info("%s: enclave started as process %d", title, process.pid)
+            try:
+                link = await _connected(listener, process, config)
+            except BaseException:
+                await _bury(process, 0.0)
+                raise
+        finally:
+            path.unlink(missing_ok=True)
+    try:
+        await link.hello(config.start_timeout_s)
+        yield link
+    except EnclaveLostError as error:
+        raise EnclaveLostError(await _post_mortem(link, process, config, str(error))) from None
+    finally:
+        link.end(EnclaveLostError("the host closed the connection"))
+        await _bury(process, config.exit_timeout_s if link.closed_by_enclave else 0.0)
+
+
+async def load_model(
+    link: EnclaveLink, package: Path, relay: KeyRelay, config: HostConfig
+) -> Loaded:
+    """Have the package's keys released to the enclave, and the model loaded.
+
+    Args:
+        link: to an enclave that has no model.
+        package: an absolute path.
+        relay: the way to the key broker.
+        config: see ``HostConfig``.
+
+    Raises:
+        KeyRefusedError: the keys were refused, by the broker or by the enclave.
+        PackageError: the package is malformed or was tampered with.
+        BudgetError: the model does not fit the budget.
+        ServiceError: the broker can't be reached.
+        EnclaveError: the enclave died or failed.
+    """
+    limit_s = config.load_timeout_s
+    asked = await link.call(RequestKeys(link.next_id(), str(package)), KeysRequested, limit_s)
+    grant = await relay.release(asked.request)
+    try:
+        return await link.call(Load(link.next_id(), grant, config.max_batch), Loaded, limit_s)
+    except TrustError as error:
+        raise KeyRefusedError(f"the enclave refuses the key broker's answer: {error}") from None
+
+
+async def stop_enclave(link: EnclaveLink, config: HostConfig) -> None:
+    """Let the enclave finish what it runs, and close the connection."""
+    try:
+        await link.call(Stop(link.next_id()), Stopped, config.answer_timeout_s)
+        async with asyncio.timeout(config.exit_timeout_s):
+            await link.ended()
+    except LasagnaError as error:
+        _log.warning("an enclave did not stop in order: %s", error)
+    except TimeoutError:
+        _log.warning("an enclave stays connected after it said that it stopped")
+
+
+def loaded_facts(public: ModelFacts, loaded: Loaded) -> ModelFacts:
+    """What is served, once the enclave has loaded the package that the host has read.
+
+    Raises:
+        ProtocolError: it has loaded another one: the file changed in between.
+    """
+    if loaded.model != public.digest:
+        raise ProtocolError("the package changed while it was loaded")
+    return replace(public, plan=loaded.plan)
+
+
+async def _connected(
+    listener: socket.socket, process: RunningEnclave, config: HostConfig
+) -> EnclaveLink:
+    """The link, or an error as soon as the process ends."""
+    accepting = asyncio.create_task(
+        accept_enclave(listener, config.start_timeout_s, config.frame_limit)
+    )
+    ending = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait({accepting, ending}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (accepting, ending):
+            task.cancel()
+        link, code = await asyncio.gather(accepting, ending, return_exceptions=True)
+    if isinstance(link, EnclaveLink):
+        return link
+    if isinstance(code, int):
+        raise EnclaveLostError(f"the enclave ended before it connected: {_ending(code, process)}")
+    raise EnclaveLostError(str(link))
+
+
+async def _post_mortem(
+    link: EnclaveLink, process: RunningEnclave, config: HostConfig, reason: str
+) -> str:
+    """The reason of a death, with what the system knows of it."""
+    if not link.closed_by_enclave:
+        return reason  # it hangs
+    try:
+        async with asyncio.timeout(config.exit_timeout_s):
+            return f"{reason}: {_ending(await process.wait(), process)}"
+    except TimeoutError:
+        return reason
+
+
+def _ending(code: int, process: RunningEnclave) -> str:
+    if code < 0:
+        try:
+            how = f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"killed by signal {-code}"
+    else:
+        how = f"exit code {code}"
+    return f"{how}, after {process.last_words!r}" if process.last_words else how
+
+
+async def _bury(process: RunningEnclave, grace_s: float) -> None:
+    """Make sure that the process is gone."""
+    try:
+        async with asyncio.timeout(grace_s):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

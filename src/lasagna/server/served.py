@@ -1,0 +1,123 @@
+"""What a gateway sees of a model, whoever serves it: one host here, a cluster later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from lasagna.enclave.messages import PlanFacts, SealedRows, Stats
+from lasagna.package.format import TensorSpec
+from lasagna.units import Bytes
+
+
+class State(StrEnum):
+    """How a served model is."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A state and, unless it is READY, its reason in words."""
+
+    state: State
+    reason: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return self.state is State.READY
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What anybody may know of a model.
+
+    Attributes:
+        digest: SHA-256 of the package's signed manifest, 32 bytes.
+        inputs: its inputs in order.
+        outputs: its outputs in order.
+        batchable: whether a request may have more than one row.
+        plan: how it was fitted into the enclave; None before it was loaded the first time.
+    """
+
+    digest: bytes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batchable: bool
+    plan: PlanFacts | None = None
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that one request may have."""
+        return self.plan.max_batch if self.plan else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """How the enclave that runs now has fared.
+
+    Attributes:
+        budget_bytes: of enclave memory.
+        plan: how it is spent.
+        counters: since the enclave was started.
+    """
+
+    budget_bytes: Bytes
+    plan: PlanFacts
+    counters: Stats
+
+
+class ServedModel(Protocol):
+    """A model that answers sealed requests."""
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        ...
+
+    @property
+    def status(self) -> Status:
+        """How it is now."""
+        ...
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What anybody may know of it."""
+        ...
+
+    async def infer(self, request: SealedRows, timeout_s: float) -> tuple[tuple[bytes, ...], ...]:
+        """Answer one request. A cancelled call leaves the queue.
+
+        Returns:
+            Sealed records by output and row.
+
+        Raises:
+            InvalidInputError: it has more rows than the model takes.
+            TrustError: its capsule or a record does not open in the enclave.
+            OverloadedError: the queue is full, or the time was too short.
+            EnclaveLostError: the enclave died with it twice.
+            LasagnaError: why the model can't be served, if it has failed.
+        """
+        ...
+
+    async def attest(self, nonce: bytes, timeout_s: float) -> bytes:
+        """The enclave's evidence for a client: a document for ``trust.evidence.decode_attested``.
+
+        Raises:
+            LasagnaError: the model is not ready.
+        """
+        ...
+
+    async def statistics(self, timeout_s: float) -> Statistics:
+        """Plan and counters of the enclave.
+
+        Raises:
+            LasagnaError: the model is not ready.
+        """
+        ...

@@ -1,0 +1,151 @@
+"""Promise: a compute thread finds exactly its slice's weights, however slots are reused, and a
+chunk that does not open stops the request that needs it and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lasagna.enclave.weights import WeightStore
+from lasagna.errors import PackageError
+from lasagna.package.format import HEADER, SIGNATURE_BYTES, encode
+from lasagna.package.reader import OpenPackage, Package
+
+from .conftest import Sealed
+
+
+def memory(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    return np.zeros(size, dtype=np.uint8)
+
+
+@contextmanager
+def running(store: WeightStore, loader: bool) -> Iterator[None]:
+    thread = threading.Thread(target=store.load_ahead)
+    if loader:
+        thread.start()
+    try:
+        yield
+    finally:
+        store.close()
+        if loader:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def open_store(
+    path: Path, sealed: Sealed, slots: int, pinned: set[int], threads: int
+) -> WeightStore:
+    package = OpenPackage(Package(path), sealed.keys.content_key.reveal())
+    variant = package.manifest.variants[0]
+    largest = max(facts.weight_bytes for facts in variant.slices)
+    return WeightStore(
+        package,
+        variant,
+        {n: memory(variant.slices[n].weight_bytes) for n in pinned},
+        [memory(largest) for _ in range(slots)],
+        [memory(2**20 + 16) for _ in range(threads + 1)],
+    )
+
+
+@pytest.mark.parametrize("loader", [True, False], ids=["loader", "no loader"])
+@pytest.mark.parametrize("slots", [1, 2, 3, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_slice_is_its_own(squeezenet: Sealed, slots: int, threads: int, loader: bool) -> None:
+    store = open_store(squeezenet.path, squeezenet, slots, {0, 3}, threads)
+    store.load_pinned()
+    slices = store.variant.slices
+    truth = [b"".join(store.package.read_section(s) for s in f.weights) for f in slices]
+    wrong: list[tuple[int, int]] = []
+
+    def work(thread: int) -> None:
+        for _ in range(3):
+            for number, facts in enumerate(slices):
+                weights = store.acquire(thread, number)
+                if bytes(weights[: facts.weight_bytes]) != truth[number]:
+                    wrong.append((thread, number))
+                store.release(thread, number)
+        store.idle(thread)
+
+    with running(store, loader):
+        workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+            assert not worker.is_alive(), "a compute thread waits for ever"
+    assert not wrong
+
+
+def test_a_ring_that_holds_everything_loads_everything_once(squeezenet: Sealed) -> None:
+    store = open_store(squeezenet.path, squeezenet, 60, set(), 1)
+    with running(store, loader=False):
+        for _ in range(3):
+            for number in range(len(store.variant.slices)):
+                store.acquire(0, number)
+                store.release(0, number)
+    assert store.counters.loads == len(store.variant.slices)
+    assert store.counters.loaded_bytes == store.variant.weight_bytes
+
+
+def test_the_slice_needed_last_is_overwritten(squeezenet: Sealed) -> None:
+    """In a cycle of n slices with k slots, keeping the nearest misses n - k + 1 times a turn and
+    LRU n times."""
+    store = open_store(squeezenet.path, squeezenet, 5, set(), 1)
+    count = len(store.variant.slices)
+    turns = 8
+    with running(store, loader=False):
+        for _ in range(turns):
+            for number in range(count):
+                store.acquire(0, number)
+                store.release(0, number)
+    assert store.counters.loads <= count + (turns - 1) * (count - 5 + 1)
+
+
+@pytest.mark.parametrize("loader", [True, False], ids=["loader", "no loader"])
+def test_a_changed_chunk_is_refused_and_the_others_go_on(
+    squeezenet: Sealed, tmp_path: Path, loader: bool
+) -> None:
+    path = tmp_path / "changed.lsg"
+    shutil.copy(squeezenet.path, path)
+    manifest = squeezenet.manifest
+    victim = manifest.variants[0].slices[4].weights[0]
+    body = HEADER.size + len(encode(manifest)) + SIGNATURE_BYTES
+    with path.open("r+b") as file:
+        file.seek(manifest.section_offsets(body)[victim] + 100)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    store = open_store(path, squeezenet, 2, set(), 1)
+    with running(store, loader):
+        for _ in range(2):
+            for number in range(len(store.variant.slices)):
+                if number == 4:
+                    with pytest.raises(PackageError, match="does not open"):
+                        store.acquire(0, number)
+                else:
+                    store.acquire(0, number)
+                    store.release(0, number)
+
+
+def test_closing_wakes_a_waiting_thread(squeezenet: Sealed) -> None:
+    store = open_store(squeezenet.path, squeezenet, 1, set(), 2)
+    store.acquire(0, 0)
+    failed: list[str] = []
+
+    def wait() -> None:
+        try:
+            store.acquire(1, 5)  # the only slot is in use
+        except PackageError as error:
+            failed.append(str(error))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    store.close()
+    waiter.join(10)
+    assert failed == ["the enclave is stopping"]
