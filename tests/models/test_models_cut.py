@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ class Case:
     def count(self) -> int:
         return len(self.graph.nodes)
 
+    @cached_property
     def computed(self) -> list[Tensor]:
         """Life spans, found the slow way."""
         found = []
@@ -64,22 +66,22 @@ class Case:
     def allowed(self, place: int) -> bool:
         return not any(
             t.made < place <= t.last and not t.separable and t.made >= 0 and t.last < self.count
-            for t in self.computed()
+            for t in self.computed
             if 0 < place < self.count
         )
 
     def crossing(self, place: int) -> int:
-        return sum(t.size for t in self.computed() if t.made < place <= t.last)
+        return sum(t.size for t in self.computed if t.made < place <= t.last)
 
     def held(self, start: int, stop: int) -> int:
-        inner = [t for t in self.computed() if start <= t.made < t.last < stop]
+        inner = [t for t in self.computed if start <= t.made < t.last < stop]
         at_once = [sum(t.size for t in inner if t.made <= k <= t.last) for k in range(start, stop)]
         return max(at_once)
 
     def around(self, start: int, stop: int) -> int:
         return sum(
             t.size
-            for t in self.computed()
+            for t in self.computed
             if (t.made < start <= t.last) or (start <= t.made < stop <= t.last)
         )
 
@@ -169,7 +171,7 @@ def test_cuts_of_larger_graphs_keep_the_limits(case: Case) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_tensor_whose_rows_are_mixed_is_never_cut(case: Case) -> None:
     for place in cut(case):
-        for tensor in case.computed():
+        for tensor in case.computed:
             crosses = tensor.made < place <= tensor.last
             assert not crosses or tensor.separable or tensor.last == case.count
 
@@ -178,7 +180,7 @@ def test_a_tensor_whose_rows_are_mixed_is_never_cut(case: Case) -> None:
 @settings(max_examples=40, deadline=None)
 def test_needed_memory_is_that_of_the_neediest_node(case: Case) -> None:
     at_once = [
-        sum(t.size for t in case.computed() if t.made <= k <= t.last) for k in range(case.count)
+        sum(t.size for t in case.computed if t.made <= k <= t.last) for k in range(case.count)
     ]
 
     # An input is there from the start, used or not.

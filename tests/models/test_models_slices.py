@@ -125,7 +125,7 @@ def same(got: Array, want: Array) -> None:
 
 
 @given(networks(), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_chain_of_slices_is_the_model(model: onnx.ModelProto, data: st.DataObject) -> None:
     source = prepare(model)
     graph, tensors = build(source, portable=data.draw(st.booleans()), limit=1200)

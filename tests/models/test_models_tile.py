@@ -23,7 +23,7 @@ from lasagna.models.source import prepare
 from lasagna.models.tile import COLUMN_ALIGNMENT, TILE_MARK, tile_graph
 
 LIMIT = 4096
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=15, deadline=None)
 both = pytest.mark.parametrize("portable", [True, False], ids=["portable", "native"])
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 BODY = 1000
 # One temporary folder and one package for all examples is what is wanted.
 many = settings(
-    max_examples=250,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Files are written into one temporary folder for all examples, which is what is wanted.
 many = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -80,7 +80,7 @@ def inspect(
 
 def _title(name: str, variant: Variant) -> str:
     weights = format_bytes(variant.weight_bytes)
-    return f"{_plain(name)} ({_plain(variant.name)}): {weights} in {len(variant.slices)} slices"
+    return f"{_plain(name)} ({_plain(variant.name)}): {weights} of weights, {len(variant.slices)} slices"
 
 
 def _choose(manifest: Manifest, name: str | None) -> Variant:
@@ -263,7 +263,7 @@ def _picture(variant: Variant) -> Table:
     largest = max(1, *moved, *weights)
     table = Table(box=None, padding=0, pad_edge=False, header_style="bold", collapse_padding=True)
     table.add_column("slice ", justify="right", no_wrap=True)
-    table.add_column("weights ", justify="right", no_wrap=True, min_width=_BAR_WIDTH)
+    table.add_column("weights ", justify="right", no_wrap=True, min_width=_BAR_WIDTH + 1)
     table.add_column(" activations in and out, at batch 1", no_wrap=True)
     for number, (left, right) in enumerate(zip(weights, moved, strict=True)):
         table.add_row(

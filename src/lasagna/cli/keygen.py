@@ -38,19 +38,23 @@ def create_owner_key(path: Path) -> Ed25519PrivateKey:
         UsageError: the file exists, or can't be written.
     """
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
     try:
         with staged(path, PRIVATE, replace=False) as temporary:
-            temporary.write_bytes(pem)
+            temporary.write_bytes(encode_owner_key(key))
     except FileExistsError:
         raise UsageError(f"{path} exists; a key is never replaced, choose another file") from None
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}") from None
     return key
+
+
+def encode_owner_key(key: Ed25519PrivateKey) -> bytes:
+    """The key as PEM, in the clear: write it readable for its owner only."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 def read_owner_key(path: Path) -> Ed25519PrivateKey:

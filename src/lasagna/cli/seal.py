@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
@@ -19,7 +20,7 @@ from rich.text import Text
 from lasagna.cli.keygen import (
     PRIVATE,
     PUBLIC,
-    create_owner_key,
+    encode_owner_key,
     owner_public_key,
     read_owner_key,
     staged,
@@ -94,8 +95,9 @@ def seal(
     if not stem or (model and zoo):
         raise UsageError("give one model: an ONNX file, or --zoo and a name")
     output = output or Path(f"{stem}.lsg")
-    keys = keys or output.with_suffix(".key")
+    keys = keys or output.parent / f"{output.stem}.key"
     _check_targets(output, keys, owner_key, force)
+    owner = read_owner_key(owner_key) if owner_key.exists() else None
     dims = dict(map(_dimension, dim or ()))
     sizes = [parse_bytes(text) if text else None for text in (slice_bytes, memory_bytes)]
 
@@ -103,7 +105,6 @@ def seal(
     from lasagna.models.seal import seal as seal_package
 
     console = Console(stderr=True)
-    owner = _owner(owner_key, console)
     options = SealOptions(
         slice_bytes=sizes[0],
         memory_bytes=sizes[1],
@@ -111,17 +112,26 @@ def seal(
         portable=only is not Only.NATIVE,
         native=only is not Only.PORTABLE,
     )
+    made = None
     with ExitStack() as stack:
+        stack.enter_context(_terminated_as_interrupted())
         report_stage = stack.enter_context(_progress(console, shown=not json_))
         report_stage("read the model", 0, 1)
         source = _source(model, zoo, dims)
-        # Both files are complete before either takes its place.
+        # All files are complete before the first takes its place.
+        if owner is None:
+            owner = Ed25519PrivateKey.generate()
+            made = stack.enter_context(staged(owner_key, PRIVATE, replace=False))
+            made.write_bytes(encode_owner_key(owner))
         key_file = stack.enter_context(staged(keys, PRIVATE, replace=force))
         package_file = stack.enter_context(staged(output, PUBLIC, replace=force))
         model_keys, report = seal_package(
-            source, name or stem, owner, package_file, options, report_stage
+            source, stem if name is None else name, owner, package_file, options, report_stage
         )
         key_file.write_bytes(encode_model_keys(model_keys))
+    if made is not None:
+        note = f"made an owner key, {owner_key}: it signs your packages, keep it where you seal"
+        console.print(Text(note), soft_wrap=True)
     with Package(output) as package:
         package.verify_signature(owner_public_key(owner))
         digest = package.model_digest
@@ -135,13 +145,13 @@ def seal(
 def _check_targets(output: Path, keys: Path, owner_key: Path, force: bool) -> None:
     if len({output.absolute(), keys.absolute(), owner_key.absolute()}) < 3:
         raise UsageError("the package, its key and the owner's key are three different files")
-    for path in (output, keys):
-        if not path.parent.is_dir():
-            raise UsageError(f"can't write {path}: there is no directory {path.parent}")
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists; --force replaces it")
+    for path in (output, keys, owner_key):
         if path.is_dir():
             raise UsageError(f"{path} is a directory")
+        if not path.parent.is_dir():
+            raise UsageError(f"can't write {path}: there is no directory {path.parent}")
+        if path.exists() and not force and path != owner_key:
+            raise UsageError(f"{path} exists; --force replaces it")
 
 
 def _dimension(text: str) -> tuple[str, int]:
@@ -149,16 +159,6 @@ def _dimension(text: str) -> tuple[str, int]:
     if not (equals and name and value.isascii() and value.isdigit()):
         raise UsageError(f"{text!r} does not fix a dimension: write --dim NAME=VALUE")
     return name, int(value)
-
-
-def _owner(path: Path, console: Console) -> Ed25519PrivateKey:
-    if path.exists():
-        return read_owner_key(path)
-    key = create_owner_key(path)
-    console.print(
-        Text(f"made a new owner key, {path}: it signs your packages, keep it where you seal")
-    )
-    return key
 
 
 def _source(model: Path | None, zoo: str | None, dims: dict[str, int]) -> Source:
@@ -173,14 +173,25 @@ def _source(model: Path | None, zoo: str | None, dims: dict[str, int]) -> Source
 
 
 @contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: temporary files hold plaintext weights."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _progress(console: Console, shown: bool) -> Iterator[Any]:
     """A bar for each stage, on a terminal; yields what ``seal`` reports to."""
     bars = Progress(
-        TextColumn("{task.description:24}"),
+        TextColumn("{task.description:26}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        transient=True,
         disable=not (shown and console.is_terminal),
     )
     current = ("", bars.add_task("", total=1, visible=False))

@@ -227,6 +227,10 @@ def _catch_signals(stop: asyncio.Event) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise UsageError(f"can't listen on {host}, port {port}: {error}") from None
+    # Connections inherit it. asyncio sets it only for sockets whose protocol number it was told,
+    # and an answer in two writes then waits 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

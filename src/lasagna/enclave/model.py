@@ -249,4 +249,32 @@ def prepare_model(
         lanes=lanes,
         session_count=threads * len(graphs),
     )
+    _try_out(model)
     return model, pool
+
+
+def _try_out(model: Model) -> None:
+    """Run every distinct graph once at the largest batch, on whatever is in memory.
+
+    The workspace was measured where the model was sealed. Should kernels here need more, this is
+    where it shows, before the first request and not during one.
+    """
+    inputs = model.input_slots[0] if model.input_slots else []
+    for lane in model.lanes:
+        tried = set()
+        for number, facts in enumerate(model.variant.slices):
+            if facts.graph in tried:
+                continue
+            tried.add(facts.graph)
+            weights = model.store.pinned.get(number)
+            weights = model.store.ring[0] if weights is None else weights
+            try:
+                lane.run_slice(model, number, model.plan.max_batch, weights, inputs)
+            except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+                if "Available memory" in str(error):
+                    raise BudgetError(
+                        f"slice {number} of {model.name!r} needs more than the "
+                        f"{model.plan.workspace_bytes} bytes of workspace measured for batch "
+                        f"{model.plan.max_batch}; seal the model on a machine like this one"
+                    ) from None
+                # Anything else may be the data's fault, which is none: an index, say.

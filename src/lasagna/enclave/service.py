@@ -30,6 +30,7 @@ from lasagna.errors import (
 from lasagna.package.reader import OpenPackage, Package
 from lasagna.trust.evidence import Quoter, attest
 from lasagna.trust.keys import ServiceKeys, service_keys
+from lasagna.trust.records import require_record_budget
 from lasagna.trust.release import PendingKeyRequest, Released, make_key_request, open_grant
 
 
@@ -187,9 +188,11 @@ class Enclave:
                 f"{rows} rows in one batch; this plan allows {model.plan.max_batch}"
             )
         start = time.perf_counter()
+        sealed_tensors = len(model.boundary(command.first)) + len(model.boundary(last))
         requests: list[OpenRequest | m.InferResult] = []
         for sealed in command.requests:
             try:
+                require_record_budget(sealed.rows, sealed_tensors)
                 requests.append(OpenRequest(sealed, service, model.digest, model.variant.name))
             except LasagnaError as error:
                 requests.append(_refused(error))

@@ -247,7 +247,7 @@ def _segment(text: str) -> str:
         raise ModelNotFoundError("a model's name in the path is UTF-8, percent-encoded") from None
 
 
-def _parsed(request: Request, body: bytearray, facts: ModelFacts) -> InferRequest:
+def _parsed(request: Request, body: bytes, facts: ModelFacts) -> InferRequest:
     text = request.headers.get(HEADER_LENGTH)
     if text is None:
         return parse_request(body, None)

@@ -20,7 +20,7 @@ COMPRESS_FROM: Final = 1024
 """Shorter answers are sent as they are."""
 
 
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray:
+async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """The body, decompressed.
 
     Args:
@@ -37,26 +37,28 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytearray
         raise InvalidInputError(
             f"the body's encoding is {encoding!r}; accepted are {', '.join(ENCODINGS)}, or none"
         )
-    body = bytearray()
-    dropped = 0
+    parts: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(timeout_s):
             async for part in request.stream():
-                if not dropped:
-                    body += part
-                if len(body) > limit:
+                size += len(part)
+                if size <= limit:
+                    parts.append(part)
+                elif size > limit + _DRAINED_BYTES:
+                    break
+                else:
                     # A client still sends: it reads the answer only when it gets rid of the rest.
-                    dropped += len(part)
-                    if dropped > _DRAINED_BYTES:
-                        break
+                    parts.clear()
     except TimeoutError:
         raise InvalidInputError(f"the body did not arrive within {timeout_s:g} s") from None
-    if dropped:
+    if size > limit:
         raise _too_long(limit)
+    body = b"".join(parts)  # once: a growing buffer would be copied again and again
     return decompress(body, limit) if encoding in ENCODINGS else body
 
 
-def decompress(body: bytes | bytearray, limit: int) -> bytearray:
+def decompress(body: bytes, limit: int) -> bytes:
     """Decompress gzip or zlib.
 
     Property: any bytes give at most ``limit`` bytes or ``InvalidInputError``.
@@ -66,7 +68,7 @@ def decompress(body: bytes | bytearray, limit: int) -> bytearray:
     """
     engine = zlib.decompressobj(_AUTO)
     try:
-        plain = bytearray(engine.decompress(body, limit + 1))
+        plain = engine.decompress(body, limit + 1)
     except zlib.error:
         raise InvalidInputError("the body is not compressed as it says") from None
     if len(plain) > limit:

@@ -96,7 +96,7 @@ def check_outputs(request: InferRequest, facts: ModelFacts) -> None:
 
 
 def raw_request(
-    body: bytes | bytearray, parameters: Mapping[str, Parameter], facts: ModelFacts
+    body: bytes, parameters: Mapping[str, Parameter], facts: ModelFacts
 ) -> InferRequest:
     """A raw body: one row's record of a model that has one input, and parameters from headers.
 
