@@ -79,8 +79,8 @@ def inspect(
 
 
 def _title(name: str, variant: Variant) -> str:
-    weights = format_bytes(variant.weight_bytes)
-    return f"{_plain(name)} ({_plain(variant.name)}): {weights} of weights, {len(variant.slices)} slices"
+    what = f"{format_bytes(variant.weight_bytes)} of weights in {len(variant.slices)} slices"
+    return f"{_plain(name)} ({_plain(variant.name)}): {what}"
 
 
 def _choose(manifest: Manifest, name: str | None) -> Variant:
