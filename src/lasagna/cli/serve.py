@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -96,6 +97,7 @@ def serve(
     On this machine's backend an enclave is an ordinary process: everything works as under SGX, but
     nothing is protected. Ctrl-C finishes the requests that are here and stops; a second one quits.
     """
+    from lasagna.gateway.run import keep_large_buffers, loop_factory
     from lasagna.server.lifecycle import HostConfig
 
     if (broker is None) == (not insecure_local_broker):
@@ -123,8 +125,11 @@ def serve(
             socket_dir=socket_dir,
             drain_s=drain,
         )
+        keep_large_buffers()
+        gc.freeze()  # modules stay: collections then look at requests only
         try:
-            asyncio.run(_serve(plan))
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                runner.run(_serve(plan))
         except asyncio.CancelledError:
             raise typer.Exit(_QUIT_AT_ONCE) from None
 

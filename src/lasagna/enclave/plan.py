@@ -26,7 +26,11 @@ from lasagna.units import MIB, format_bytes
 
 ALIGNMENT: Final = 64
 RING_SLOTS: Final = 3
-"""One slot in use, one ready, one being filled."""
+"""One slot in use, one ready, one being filled. Beside pinned slices more do not pay: look-ahead
+costs pins."""
+STREAMING_SLOTS: Final = 8
+"""When everything is streamed, look-ahead carries the loader over layers with many weights and
+little to compute: ResNet-50 waits 5 ms instead of 10 (docs/experiments/0002-streaming.md)."""
 SHARED_ARENA_MARGIN: Final = 1.5
 """Room for fragmentation when several compute threads allocate from one workspace arena."""
 
@@ -151,7 +155,8 @@ def _stream(variant: Variant, fixed: _Fixed, budget: int, pin: bool) -> Plan | N
     if room < slot:
         return None
     # With little room, pins do more than a third slot.
-    slots = min(RING_SLOTS, max(1, room // (3 if pin else 1) // slot), len(variant.slices))
+    most = max(1, room // 3 // slot) if pin else room // slot
+    slots = min(RING_SLOTS if pin else STREAMING_SLOTS, most, len(variant.slices))
     if slots == 1 and room >= 2 * slot:
         slots = 2
     if not pin:
