@@ -1,155 +1,25 @@
-"""The commands as people run them: real processes, real sockets, real signals."""
+"""The commands as people run them: real processes, real sockets."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import select
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from tests.server.conftest import INPUT, NAME, OUTPUT, Array, Model
 from tests.server.rig import noise
-from typer.testing import CliRunner, Result
+from tests.server.serving import SOON, Server, lasagna, lasagna_process, local, serving
 
-from lasagna import Client
-from lasagna.cli.main import app
 from lasagna.errors import EvidenceError, InvalidInputError, ServiceError
 from lasagna.tee.process import InsecureProcessBackend
 from lasagna.trust.policy import MeasurementIn
-
-COMMAND = [sys.executable, "-m", "lasagna.cli.main"]
-SOON = 30
-
-
-def lasagna(*arguments: str | Path, code: int = 0) -> Result:
-    """Run a command in this process."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    return done
-
-
-def lasagna_process(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command that sets up the process that it runs in."""
-    done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=SOON, check=False
-    )
-    assert done.returncode == code, done.stderr
-    return done
-
-
-class Server:
-    """A running ``lasagna serve``."""
-
-    def __init__(self, *arguments: str | Path) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", *arguments, "--port=0", "--budget=64MiB", "--log-level=debug"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.log = ""
-        self._logged = threading.Condition()
-        self._listening = threading.Thread(target=self._listen)
-        self._listening.start()
-        self.said = ""
-        while line := self.process.stdout.readline():
-            self.said += line
-            if line.startswith("model "):
-                break
-
-    @property
-    def url(self) -> str:
-        return self.find(r"serving on (\S+)")
-
-    @property
-    def broker_key(self) -> str:
-        return self.find(r"--broker-key (\w+)")
-
-    @property
-    def measurement(self) -> str:
-        return self.find(r"--allow-measurement (\w+)")
-
-    def find(self, pattern: str) -> str:
-        found = re.search(pattern, self.said)
-        assert found, self.said + self.log
-        return found[1]
-
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        while line := self.process.stderr.readline():
-            with self._logged:
-                self.log += line
-                self._logged.notify_all()
-
-    def wait_for_log(self, text: str, after: int = 0) -> None:
-        """Wait until it has logged something, behind so many characters."""
-        with self._logged:
-            assert self._logged.wait_for(lambda: text in self.log[after:], SOON), self.log
-
-    def children(self) -> list[int]:
-        """All processes that it has started and that live."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [int(child) for child in children.split()]
-
-    def enclave(self) -> int:
-        """The enclave that runs now."""
-        pids = re.findall(r"enclave started as process (\d+)", self.log)
-        return int(pids[-1])
-
-    def client(self, **changes: Any) -> Client:
-        arguments: dict[str, Any] = {
-            "policy": MeasurementIn(frozenset({bytes.fromhex(self.measurement)})),
-            "brokers": [bytes.fromhex(self.broker_key)],
-            "insecure_allow_emulated": True,
-            "timeout_s": SOON,
-        }
-        return Client(self.url, **(arguments | changes))
-
-    def trust_options(self) -> list[str]:
-        return [
-            f"--allow-measurement={self.measurement}",
-            f"--broker-key={self.broker_key}",
-            "--insecure-allow-emulated",
-        ]
-
-    def close(self) -> None:
-        self.process.kill()
-        self._listening.join()
-        self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-
-
-@contextlib.contextmanager
-def serving(*arguments: str | Path) -> Iterator[Server]:
-    server = Server(*arguments)
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-def local(model: Model, folder: Path) -> list[str | Path]:
-    return [
-        "--insecure-local-broker",
-        model.key_file,
-        "--broker-state",
-        folder / "state",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -157,18 +27,6 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("serve")
     with serving(model.package, *local(model, folder), "--max-batch=4") as made:
         yield made
-
-
-@contextlib.contextmanager
-def watching(pids: list[int]) -> Iterator[None]:
-    """See to it that these processes are gone soon after the block."""
-    watches = {os.pidfd_open(pid): pid for pid in pids}
-    yield
-    for watch, pid in watches.items():
-        poll = select.poll()
-        poll.register(watch, select.POLLIN)
-        assert poll.poll(10_000), f"process {pid} lives on"
-        os.close(watch)
 
 
 # What it says and does.
@@ -331,7 +189,7 @@ def test_infer_refuses_emulated_enclaves_by_default(server: Server, tmp_path: Pa
     assert "the evidence is emulated" in done.stderr
 
 
-# Deaths and stops.
+# Deaths.
 
 
 def test_an_enclave_killed_in_the_middle_of_a_request(
@@ -352,90 +210,6 @@ def test_an_enclave_killed_in_the_middle_of_a_request(
             client.infer(NAME, inputs)[OUTPUT], model.expected(inputs), rtol=1e-4
         )
     assert server.enclave() != enclave
-
-
-def test_a_package_that_was_tampered_with_is_not_ready(model: Model, tmp_path: Path) -> None:
-    package = model.copy_to(tmp_path)
-    data = bytearray(package.read_bytes())
-    data[len(data) // 2] ^= 1
-    package.write_bytes(data)
-    with serving(package, *local(model, tmp_path)) as server:
-        assert "model squeezenet: failed: section" in server.said
-        answer = httpx.get(server.url + "/v2/health/ready")
-        assert answer.status_code == 503
-        assert "the package was changed" in answer.json()["error"]
-        assert httpx.get(server.url + "/v2/health/live").status_code == 200
-        with server.client() as client, pytest.raises(ServiceError, match="package was changed"):
-            client.infer(NAME, {INPUT: noise(1)})
-
-
-def test_a_broker_without_the_key_leaves_the_model_failed(model: Model, tmp_path: Path) -> None:
-    keys = tmp_path / "other.key"
-    keys.touch(mode=0o600)
-    document = json.loads(model.key_file.read_text())
-    keys.write_text(json.dumps(document | {"package_id": document["owner_public_key"]}))
-    options = local(model, tmp_path)
-    options[1] = keys
-    with serving(model.package, *options) as server:
-        assert "failed: the key broker at" in server.said
-        assert "has no keys for package" in server.said
-        assert httpx.get(server.url + "/v2/health/ready").status_code == 503
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_what_is_here_and_leaves_nothing(
-    model: Model, image: Array, tmp_path: Path, number: signal.Signals
-) -> None:
-    with serving(model.package, *local(model, tmp_path)) as server:
-        children = server.children()
-        assert len(children) == 2  # broker and enclave
-        with server.client() as client, watching(children):
-            asking = Asking(server, client, image)
-            server.process.send_signal(number)
-            server.wait_for_log("finishing the requests that are here")
-            os.kill(server.enclave(), signal.SIGCONT)
-            assert asking.answer().shape == (1, 1000, 1, 1)
-            assert server.process.wait(SOON) == 0
-    assert "Traceback" not in server.log
-
-
-def test_a_second_signal_quits_at_once(model: Model, tmp_path: Path) -> None:
-    with serving(model.package, *local(model, tmp_path)) as server:
-        children = server.children()
-        with watching(children):
-            os.kill(server.enclave(), signal.SIGSTOP)  # so that it can't stop in order
-            server.process.send_signal(signal.SIGINT)
-            server.wait_for_log("finishing the requests that are here")
-            server.process.send_signal(signal.SIGINT)
-            assert server.process.wait(5) == 130
-    assert "Traceback" not in server.log
-
-
-def test_nothing_outlives_a_host_that_is_killed(model: Model, tmp_path: Path) -> None:
-    with (
-        serving(model.package, *local(model, tmp_path)) as server,
-        watching(server.children()),
-    ):
-        server.process.kill()
-
-
-class Asking:
-    """A request in a thread, that the stopped enclave has and can't answer."""
-
-    def __init__(self, server: Server, client: Client, image: Array) -> None:
-        client.verify(NAME)
-        before = len(server.log)
-        os.kill(server.enclave(), signal.SIGSTOP)
-        self._answers: list[Array] = []
-        self._thread = threading.Thread(
-            target=lambda: self._answers.append(client.infer(NAME, {INPUT: image})[OUTPUT])
-        )
-        self._thread.start()
-        server.wait_for_log("batch", before)
-
-    def answer(self) -> Array:
-        self._thread.join(SOON)
-        return self._answers[0]
 
 
 # What is refused before anything starts.

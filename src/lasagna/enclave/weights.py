@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from lasagna.package.reader import OpenPackage
 Memory = NDArray[np.uint8]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
     """A piece of the ring. It holds one slice, or is being filled with it, or is free (-1)."""
 
@@ -70,10 +71,13 @@ class WeightStore:
     counters: LoadCounters = field(default_factory=LoadCounters)
     _slots: list[_Slot] = field(init=False)
     _where: dict[int, _Slot] = field(default_factory=dict)
+    _filling: list[_Slot] = field(default_factory=list)
+    _loader_waits: bool = False
     _at: dict[int, int] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closed: bool = False
     _streamed: tuple[int, ...] = field(init=False)
+    _first_streamed: list[int] = field(init=False)
     _chunks: list[list[tuple[int, int, int, int]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +87,7 @@ class WeightStore:
         manifest = self.package.manifest
         self._chunks = [weight_chunks(manifest, facts) for facts in self.variant.slices]
         self._streamed = tuple(n for n in numbers if n not in self.pinned)
+        self._first_streamed = [bisect_left(self._streamed, n) for n in numbers]
 
     def load_pinned(self) -> None:
         """Decrypt all pinned slices, on the calling thread.
@@ -102,7 +107,9 @@ class WeightStore:
         while True:
             with self._changed:
                 while (job := self._next_job()) is None and not self._closed:
+                    self._loader_waits = True
                     self._changed.wait()
+                    self._loader_waits = False
                 if self._closed or job is None:
                     return
             self._fill(*job, self.stagings[0])
@@ -125,7 +132,6 @@ class WeightStore:
             slot = self._where.get(number)
             if slot is not None and slot.ready:  # the usual case: the loader was here before
                 slot.users += 1
-                self._changed.notify_all()
                 return slot.memory
         start = time.perf_counter()
         slot = self._claim_for(number)
@@ -147,7 +153,8 @@ class WeightStore:
             slot.users -= 1
             self._at[thread] = (number + 1) % len(self.variant.slices)
             self._forget_broken(slot)
-            self._changed.notify_all()
+            if self._loader_waits or len(self._at) > 1:  # else nobody waits for a slot
+                self._changed.notify_all()
 
     def idle(self, thread: int) -> None:
         """The thread has no request: what it needs next is the first slice."""
@@ -167,7 +174,6 @@ class WeightStore:
                 slot = self._where.get(number) or self._claim(number, urgent=True)
                 if slot is not None:
                     slot.users += 1
-                    self._changed.notify_all()
                     return slot
                 if self._closed:
                     raise PackageError("the enclave is stopping")
@@ -190,16 +196,29 @@ class WeightStore:
 
     def _next_job(self) -> tuple[_Slot, int, int] | None:
         """What the loader should decrypt now, or nothing. Called with the lock held."""
-        for number in sorted(self._where, key=self._distance):
-            slot = self._where[number]
-            if slot.error is None and self._left(slot):
-                return slot, number, self._take_chunk(slot)
-        absent = [number for number in self._streamed if number not in self._where]
-        if not absent:
+        while self._filling:
+            slot = min(self._filling, key=lambda s: self._distance(s.holds))
+            if self._left(slot):
+                return slot, slot.holds, self._take_chunk(slot)
+            self._filling.remove(slot)
+        nearest = self._nearest_absent()
+        claimed = None if nearest is None else self._claim(nearest, urgent=False)
+        if nearest is None or claimed is None:
             return None
-        nearest = min(absent, key=self._distance)
-        claimed = self._claim(nearest, urgent=False)
-        return None if claimed is None else (claimed, nearest, self._take_chunk(claimed))
+        return claimed, nearest, self._take_chunk(claimed)
+
+    def _nearest_absent(self) -> int | None:
+        """The absent slice that any thread needs next; a few steps, as few slots hold slices."""
+        count = len(self._streamed)
+        found = []
+        for at in self._at.values() or (0,):
+            first = self._first_streamed[at]
+            for step in range(min(count, len(self._slots) + 1)):
+                number = self._streamed[(first + step) % count]
+                if number not in self._where:
+                    found.append(number)
+                    break
+        return min(found, key=self._distance, default=None)
 
     def _claim(self, number: int, *, urgent: bool) -> _Slot | None:
         """A slot for an absent slice: a free one, or the one whose slice is needed last."""
@@ -215,10 +234,13 @@ class WeightStore:
         slot.next_chunk = 0
         slot.missing = len(self._chunks[number])
         self._where[number] = slot
+        self._filling.append(slot)
         return slot
 
     def _empty(self, slot: _Slot) -> None:
         del self._where[slot.holds]
+        if slot in self._filling:
+            self._filling.remove(slot)
         slot.holds, slot.error, slot.missing, slot.next_chunk = -1, None, 0, 0
 
     def _distance(self, number: int) -> int:

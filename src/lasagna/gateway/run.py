@@ -22,6 +22,7 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.loops.auto import auto_loop_factory
 
 from lasagna.units import MIB
 
@@ -52,14 +53,9 @@ def keep_large_buffers() -> None:
         mallopt(_M_TRIM_THRESHOLD, 128 * MIB)
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """How to make the event loop: uvloop's if it is installed; None for asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """How to make the event loop: uvloop's if it is installed, else asyncio's own."""
+    return auto_loop_factory()
 
 
 @contextlib.asynccontextmanager

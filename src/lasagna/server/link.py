@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from lasagna.enclave.messages import (
     DEFAULT_FRAME_LIMIT,
@@ -136,8 +136,7 @@ class EnclaveLink(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember where to write."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go: straight to their place in the frame."""
