@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 from tests.gateway.asking import NAME, PATH, as_json, error_of, http_to, sealed
 from tests.gateway.twin import BROKER, INPUT, POLICY, TwinModel
 
+from lasagna.gateway.app import Gateway, GatewayLimits
 from lasagna.gateway.tensors import HEADER_LENGTH, parse_answer
 from lasagna.package.format import TensorSpec
 from lasagna.server.served import State, Status
@@ -162,3 +165,18 @@ async def test_a_request_can_choose_its_outputs() -> None:
         wish["outputs"] = [{"name": "c"}]
         answer = await http.post("/v2/models/pair/infer", json=wish)
         assert error_of(answer, 400) == "no output 'c'; the model has 'a', 'b'"
+
+
+def test_the_reference_names_every_path() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "http.md").read_text()
+    named = {
+        (method, path.partition("?")[0].replace("/M", "/{model}"))
+        for method, path in re.findall(r"\| `(GET|POST) (/v2[^`]*)`", page)
+    }
+    routes = {
+        (method, route.path)
+        for route in Gateway({}, GatewayLimits()).routes()
+        for method in route.methods or ()
+        if method != "HEAD" and "versions" not in route.path
+    }
+    assert named == routes

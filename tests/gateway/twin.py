@@ -76,7 +76,12 @@ class TwinModel:
         """As if the server had been started again with another package or another secret."""
         self._service = service_keys(ServiceSecret(SecretKey(secret)))
         self.facts = ModelFacts(
-            digest, self._inputs, self._outputs, self._batchable, plan_of(self._max_rows)
+            digest,
+            self._inputs,
+            self._outputs,
+            self._batchable,
+            plan_of(self._max_rows),
+            self._max_rows,
         )
 
     async def attest(self, nonce: bytes, timeout_s: float) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
+from tests.server.rig import Rig, hosting
 
 from lasagna.models.seal import SealOptions, seal
 from lasagna.models.source import open_session, prepare
@@ -80,3 +81,10 @@ def broker(model: Model) -> InsecureBroker:
         policy=MeasurementIn(frozenset({InsecureProcessBackend().measurement()})),
         insecure_allow_emulated=True,
     )
+
+
+@pytest.fixture
+async def rig(model: Model, broker: InsecureBroker, tmp_path: Path) -> AsyncIterator[Rig]:
+    """A host of the model, ready."""
+    async with hosting(model.package, broker, tmp_path, max_batch=4) as made:
+        yield made

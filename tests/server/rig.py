@@ -68,10 +68,11 @@ class Relay:
 class Rig:
     """A host, what moves it, and a client of it."""
 
-    def __init__(self, host: ModelHost, backend: Backend, broker: InsecureBroker) -> None:
+    def __init__(self, host: ModelHost, backend: Backend, relay: Relay) -> None:
         self.host = host
         self.backend = backend
-        self.broker = broker
+        self.relay = relay
+        self.broker = relay.broker
 
     async def service(self) -> Service:
         document = decode_attested(await self.host.attest(b"n" * 16, DEADLINE_S))
@@ -121,11 +122,12 @@ async def hosting(
     config = HostConfig(**({"budget": Bytes(64 * MIB), "exit_timeout_s": 2.0} | changes))
     sockets = folder / "sockets"
     sockets.mkdir(mode=0o700, exist_ok=True)
-    host = ModelHost(package, config, backend, Relay(broker, failures), sockets)
+    relay = Relay(broker, failures)
+    host = ModelHost(package, config, backend, relay, sockets)
     async with host:
         async with asyncio.timeout(DEADLINE_S):
             await host.settled()
-        yield Rig(host, backend, broker)
+        yield Rig(host, backend, relay)
     assert all(gone(enclave.pid) for enclave in backend.started)
     assert list(sockets.iterdir()) == []
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from tests.server.conftest import INPUT, NAME, OUTPUT, Array, Model
 from tests.server.rig import noise
-from tests.server.serving import SOON, Server, lasagna, lasagna_process, local, serving
+from tests.server.serving import SOON, Asking, Server, lasagna, lasagna_process, local, serving
 
 from lasagna.errors import EvidenceError, InvalidInputError, ServiceError
 from lasagna.tee.process import InsecureProcessBackend
@@ -35,7 +34,7 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_it_says_what_it_serves_and_that_it_protects_nothing(server: Server) -> None:
     assert "EMULATED enclaves, which protect nothing" in server.said
     assert server.measurement == InsecureProcessBackend().measurement().hex()
-    assert re.search(r"model squeezenet: ready: 4\.93 MB of weights in \d+ slices", server.said)
+    assert re.search(r"model squeezenet: ready: 4\.93 MB of weights in \d+ slice", server.said)
     assert httpx.get(server.url + "/v2/health/ready").json() == {"live": True, "ready": True}
 
 
@@ -197,18 +196,15 @@ def test_an_enclave_killed_in_the_middle_of_a_request(
 ) -> None:
     inputs = {INPUT: image}
     with server.client() as client:
-        client.verify(NAME)
-        enclave = server.enclave()
-        os.kill(enclave, signal.SIGSTOP)  # it can't answer before it dies
-        answers: list[Array] = []
-        asking = threading.Thread(target=lambda: answers.append(client.infer(NAME, inputs)[OUTPUT]))
-        asking.start()
+        asking = Asking(server, client, image)
+        enclave, before = server.enclave(), len(server.log)
         os.kill(enclave, signal.SIGKILL)
-        asking.join(SOON)
-        np.testing.assert_allclose(answers[0], model.expected(inputs), rtol=1e-4)
+        np.testing.assert_allclose(asking.answer(), model.expected(inputs), rtol=1e-4)
         np.testing.assert_allclose(
             client.infer(NAME, inputs)[OUTPUT], model.expected(inputs), rtol=1e-4
         )
+    server.wait_for_log("killed by SIGKILL (death 1 in a row", before)
+    server.wait_for_log("loaded in", before)
     assert server.enclave() != enclave
 
 
@@ -246,6 +242,13 @@ def test_serve_refuses_two_models_of_one_name(model: Model, tmp_path: Path) -> N
         code=2,
     )
     assert "two packages are called 'squeezenet'" in done.stderr
+
+
+def test_serve_refuses_sockets_that_others_can_reach(model: Model, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    options = ("--budget=64MB", "--port=0", "--broker=http://k", "--socket-dir", tmp_path)
+    done = lasagna_process("serve", model.package, *options, code=2)
+    assert "(mode 0755): run chmod 700" in done.stderr
 
 
 def test_serve_refuses_what_is_no_package(tmp_path: Path) -> None:

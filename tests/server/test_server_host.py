@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from tests.server.rig import Backend, Rig, dispatched, hosting, noise
 from lasagna.enclave.messages import PlanFacts, SealedRows
 from lasagna.errors import (
     BudgetError,
-    EnclaveLostError,
     InvalidInputError,
     KeyRefusedError,
     LasagnaError,
@@ -34,12 +32,6 @@ from lasagna.trust.policy import MeasurementIn
 from lasagna.units import KIB, MIB, Bytes
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def rig(model: Model, broker: InsecureBroker, tmp_path: Path) -> AsyncIterator[Rig]:
-    async with hosting(model.package, broker, tmp_path, max_batch=4) as made:
-        yield made
 
 
 # Answers.
@@ -144,94 +136,6 @@ async def test_a_request_of_another_service_is_refused(
         assert (await other.answer(sealed)).shape == (1, 1000, 1, 1)
     with pytest.raises(TrustError, match="does not open"):
         await rig.answer(sealed)
-
-
-# Enclaves that die.
-
-
-async def test_a_request_in_flight_survives_its_enclave(
-    rig: Rig, model: Model, image: Array
-) -> None:
-    inputs = {INPUT: image}
-    sealed = await rig.seal(inputs)
-    rig.backend.send(signal.SIGSTOP)  # it can't answer before it dies
-    tasks = [asyncio.create_task(rig.answer(sealed)) for _ in range(4)]
-    await dispatched()
-    rig.backend.send(signal.SIGKILL)
-    for task in tasks:
-        np.testing.assert_allclose(await task, model.expected(inputs), rtol=1e-4)
-    assert len(rig.backend.started) == 2
-    np.testing.assert_allclose(await rig.infer(inputs), model.expected(inputs), rtol=1e-4)
-
-
-async def test_a_request_that_is_there_at_two_deaths_is_given_up(
-    rig: Rig, model: Model, image: Array
-) -> None:
-    sealed = await rig.seal({INPUT: image})
-    rig.backend.send(signal.SIGSTOP)
-    task = asyncio.create_task(rig.answer(sealed))
-    await dispatched()
-    rig.backend.send(signal.SIGKILL)
-    await rig.until(State.RESTARTING)
-    await rig.until(State.READY)
-    rig.backend.send(signal.SIGKILL)
-    with pytest.raises(EnclaveLostError, match="died twice with this request in it"):
-        await task
-    await rig.until(State.READY)
-    assert (await rig.answer(sealed)).shape == (1, 1000, 1, 1)
-
-
-async def test_between_two_enclaves_requests_wait(rig: Rig, model: Model, image: Array) -> None:
-    sealed = await rig.seal({INPUT: image})
-    rig.backend.send(signal.SIGKILL)
-    await rig.until(State.RESTARTING)
-    assert "the enclave" in rig.host.status.reason
-    with pytest.raises(EnclaveLostError):
-        await rig.host.attest(b"n" * 16, 5.0)
-    np.testing.assert_allclose(await rig.answer(sealed), model.expected({INPUT: image}), rtol=1e-4)
-
-
-async def test_an_enclave_that_hangs_is_replaced(
-    model: Model, broker: InsecureBroker, image: Array, tmp_path: Path
-) -> None:
-    async with hosting(model.package, broker, tmp_path, answer_timeout_s=1.0) as rig:
-        sealed = await rig.seal({INPUT: image})
-        rig.backend.send(signal.SIGSTOP)
-        np.testing.assert_allclose(
-            await rig.answer(sealed), model.expected({INPUT: image}), rtol=1e-4
-        )
-        assert len(rig.backend.started) == 2
-
-
-async def test_a_deadline_holds_while_the_enclave_hangs(rig: Rig, image: Array) -> None:
-    sealed = await rig.seal({INPUT: image})
-    rig.backend.send(signal.SIGSTOP)
-    with pytest.raises(OverloadedError, match=r"no answer within 0\.05 s"):
-        await rig.answer(sealed, timeout_s=0.05)
-    with pytest.raises(OverloadedError, match=r"no answer within 0\.05 s"):
-        await rig.host.attest(b"n" * 16, timeout_s=0.05)
-    rig.backend.send(signal.SIGCONT)
-    assert (await rig.answer(sealed)).shape == (1, 1000, 1, 1)
-    assert len(rig.backend.started) == 1
-
-
-async def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
-    model: Model, broker: InsecureBroker, image: Array, tmp_path: Path
-) -> None:
-    async with hosting(model.package, broker, tmp_path, queue_limit=2) as rig:
-        sealed = await rig.seal({INPUT: image})
-        rig.backend.send(signal.SIGSTOP)
-        tasks = [asyncio.create_task(rig.answer(sealed)) for _ in range(4)]  # 2 run, 2 wait
-        await dispatched()
-        with pytest.raises(OverloadedError, match="2 requests are waiting") as caught:
-            await rig.answer(sealed)
-        assert caught.value.retry_after_s > 0
-        tasks.pop().cancel()
-        await dispatched()
-        tasks.append(asyncio.create_task(rig.answer(sealed)))
-        await dispatched()
-        rig.backend.send(signal.SIGCONT)
-        assert len(await asyncio.gather(*tasks)) == 4
 
 
 # Models that can't be served.

@@ -3,8 +3,8 @@
 For every model, in one run and in rounds that alternate: an ordinary ONNX Runtime session of one
 thread, and enclaves of one compute thread with everything pinned, with everything streamed, and
 with memory for 60 % of the weights: pinned slices and ring together. Activations and workspace,
-which an ordinary session needs as well, come on top. A secure request is sealed when it goes in and its answer is
-sealed when it comes out. Two figures each: *alone*, one request at a time, and *busy*, two in
+which an ordinary session needs as well, come on top. A secure request is sealed when it goes in and
+its answer when it comes out. Two figures each: *alone*, one request at a time, and *busy*, two in
 flight, so that opening one overlaps with computing another, as on a server with a queue. The bars
 are on *busy*; *alone* is what a lone client sees. Client-side sealing is the client's and not
 counted. The enclave is an ordinary process here: nothing is emulated, nothing is paged.

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ async def _serve(plan: _Plan) -> None:
         folder = plan.socket_dir or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="lasagna-"))
         )
+        _require_private(folder)
         hosts = await stack.enter_async_context(_hosts(plan, folder))
         async with serving(gateway_app(hosts), plan.listener), asyncio.TaskGroup() as tasks:
             shown = [tasks.create_task(_show(model)) for model in hosts.values()]
@@ -197,6 +199,20 @@ async def _broker_key(relay: BrokerRelay) -> str:
         return f"(unknown: {error})"
 
 
+def _require_private(folder: Path) -> None:
+    """Make the folder of the sockets if need be; whoever reaches a socket can play the enclave.
+
+    Raises:
+        UsageError: others may enter it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(
+            f"others may enter {folder}, the folder of the sockets (mode {mode:04o}): run chmod 700"
+        )
+
+
 async def _show(host: ModelHost) -> None:
     """Say how a model is, as soon as that is certain."""
     status, plan = await host.settled(), host.facts.plan
@@ -205,7 +221,7 @@ async def _show(host: ModelHost) -> None:
         return
     typer.echo(
         f"model {host.name}: ready: {format_bytes(plan.weight_bytes)} of weights in "
-        f"{plan.slices} slices, "
+        f"{plan.slices} slice{'s' * (plan.slices != 1)}, "
         f"{format_bytes(plan.pinned_bytes)} pinned; {format_bytes(plan.total_bytes)} of enclave "
         f"memory; up to {plan.max_batch} rows a batch"
     )

@@ -2,8 +2,8 @@
 
 A loader thread decrypts ahead, always the absent slice that is needed next. A compute thread that
 finds its slice not ready helps: it takes chunks of it beside the loader until none is left, rather
-than wait. Which slot to overwrite follows from the cycle in which slices run: the one whose next
-use is farthest (Belady's rule, with the future known).
+than wait. Slices run in a cycle, so what was used just now is needed last: the loader overwrites a
+slice when it has been used, and never one that is needed before the slice to load.
 """
 
 from __future__ import annotations
@@ -221,15 +221,23 @@ class WeightStore:
         return min(found, key=self._distance, default=None)
 
     def _claim(self, number: int, *, urgent: bool) -> _Slot | None:
-        """A slot for an absent slice: a free one, or the one whose slice is needed last."""
-        free = [slot for slot in self._slots if slot.users == 0 and slot.missing == 0]
-        if not free:
+        """The slot for an absent slice, or nothing while that is needed otherwise.
+
+        Every slice has a slot of its own, in turn: at the same address every time, its graph is
+        bound to it once. Only who needs the slice now, and finds the slot in use by another thread,
+        takes any that is free.
+        """
+        own = self._slots[self._first_streamed[number] % len(self._slots)]
+        for slot in (own, *self._slots) if urgent else (own,):
+            if slot.users or slot.missing:
+                continue
+            if slot.holds >= 0:
+                if not urgent and self._distance(slot.holds) <= self._distance(number):
+                    return None
+                self._empty(slot)
+            break
+        else:
             return None
-        slot = max(free, key=lambda s: self._distance(s.holds) if s.holds >= 0 else 2**30)
-        if slot.holds >= 0:
-            if not urgent and self._distance(slot.holds) <= self._distance(number):
-                return None
-            self._empty(slot)
         slot.holds = number
         slot.next_chunk = 0
         slot.missing = len(self._chunks[number])

@@ -216,8 +216,7 @@ class ModelHost:
                 self._failure = error
             except (LasagnaError, OSError) as error:
                 if not self._done:
-                    self._mourn(error)
-                    await asyncio.sleep(backoff_s(self._deaths))
+                    await self._mourn(error)
             except Exception as error:
                 _log.exception("%s: a bug in the host", self.name)
                 self._failure = EnclaveError(f"internal error of the host: {error!r}")
@@ -233,8 +232,8 @@ class ModelHost:
             raise PackageError(f"the package is now called {name!r}; it was {self.name!r}")
         async with enclave_life(self._backend, self._config, self._socket_dir, self.name) as link:
             loaded = await load_model(link, self._package, self._relay, self._config)
-            self._facts = loaded_facts(public, loaded)
-            self._queue.places = Places(loaded.plan.max_batch, self._config.threads + 1)
+            self._facts = loaded_facts(public, loaded, self._config.frame_limit)
+            self._queue.places = Places(self._facts.max_rows, self._config.threads + 1)
             _log.info("%s: loaded in %.2f s", self.name, loaded.load_s)
             self._set_status(State.READY)
             self._link = link
@@ -251,14 +250,22 @@ class ModelHost:
                     EnclaveLostError("the enclave died twice with this request in it"),
                 )
 
-    def _mourn(self, error: Exception) -> None:
+    async def _mourn(self, error: Exception) -> None:
         self._deaths += 1
-        _log.warning("%s: enclave lost (%d in a row): %s", self.name, self._deaths, error)
+        pause_s = backoff_s(self._deaths)
+        _log.warning(
+            "%s: %s (death %d in a row; next start in %g s)",
+            self.name,
+            error,
+            self._deaths,
+            pause_s,
+        )
         state = State.STARTING if self._facts.plan is None else State.RESTARTING
         self._set_status(state, f"the enclave is being started again: {error}")
         if not may_wait(self._deaths):
             reason = EnclaveLostError(f"the enclave died {self._deaths} times in a row: {error}")
             self._refuse(self._queue.abandon(), reason)
+        await asyncio.sleep(pause_s)
 
     # Batches.
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from lasagna.enclave.messages import (
     Stopped,
 )
 from lasagna.errors import (
+    BudgetError,
     EnclaveLostError,
     KeyRefusedError,
     LasagnaError,
@@ -35,11 +37,14 @@ from lasagna.server.link import EnclaveLink, accept_enclave
 from lasagna.server.release import KeyRelay
 from lasagna.server.served import ModelFacts
 from lasagna.tee.backend import EnclaveBackend, EnclaveSpec, RunningEnclave
-from lasagna.units import Bytes
+from lasagna.trust.records import RECORD_OVERHEAD
+from lasagna.units import KIB, Bytes
 
 _log: Final = logging.getLogger(__name__)
 _MAX_SOCKET_PATH: Final = 107
 """``sun_path`` of unix(7) without its last byte."""
+_MESSAGE_BYTES: Final = 8 * KIB
+"""More than MessagePack, capsule, id and error text add to a record and to a request."""
 _numbers: Final = itertools.count(1)
 
 
@@ -104,7 +109,7 @@ async def enclave_life(
         UsageError: the path of the socket is too long for the system.
         OSError: the process or the socket can't be made.
     """
-    path = socket_dir / f"{next(_numbers)}.sock"
+    path = socket_dir / f"{os.getpid()}-{next(_numbers)}.sock"
     if len(bytes(path)) > _MAX_SOCKET_PATH:
         raise UsageError(
             f"the socket's path {path} has {len(bytes(path))} bytes; the system allows "
@@ -180,15 +185,26 @@ async def stop_enclave(link: EnclaveLink, config: HostConfig) -> None:
         _log.warning("an enclave stays connected after it said that it stopped")
 
 
-def loaded_facts(public: ModelFacts, loaded: Loaded) -> ModelFacts:
+def loaded_facts(public: ModelFacts, loaded: Loaded, frame_limit: int) -> ModelFacts:
     """What is served, once the enclave has loaded the package that the host has read.
 
     Raises:
         ProtocolError: it has loaded another one: the file changed in between.
+        BudgetError: not even one row fits a frame.
     """
     if loaded.model != public.digest:
         raise ProtocolError("the package changed while it was loaded")
-    return replace(public, plan=loaded.plan)
+    row = max(
+        sum(spec.row_bytes + RECORD_OVERHEAD + _MESSAGE_BYTES for spec in specs)
+        for specs in (public.inputs, public.outputs)
+    )
+    rows = min(loaded.plan.max_batch, frame_limit // (row + _MESSAGE_BYTES))
+    if rows < 1:
+        raise BudgetError(
+            f"one row takes {row} bytes sealed, a frame between host and enclave {frame_limit}: "
+            "raise the frame limit"
+        )
+    return replace(public, plan=loaded.plan, max_rows=rows)
 
 
 async def _connected(

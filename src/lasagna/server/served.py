@@ -44,6 +44,7 @@ class ModelFacts:
         outputs: its outputs in order.
         batchable: whether a request may have more than one row.
         plan: how it was fitted into the enclave; None before it was loaded the first time.
+        max_rows: that one request may have, and one batch.
     """
 
     digest: bytes
@@ -51,11 +52,7 @@ class ModelFacts:
     outputs: tuple[TensorSpec, ...]
     batchable: bool
     plan: PlanFacts | None = None
-
-    @property
-    def max_rows(self) -> int:
-        """Rows that one request may have."""
-        return self.plan.max_batch if self.plan else 1
+    max_rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
