@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,11 @@ class Server:
     """A running ``lasagna serve``."""
 
     def __init__(self, *arguments: str | Path) -> None:
+        # What a killed server leaves behind goes with this. Paths of sockets must be short.
+        self._folder = tempfile.TemporaryDirectory(prefix="lasagna-test-")
         self.process = subprocess.Popen(
             [*COMMAND, "serve", *arguments, "--port=0", "--budget=64MiB", "--log-level=debug"],
+            env=os.environ | {"TMPDIR": self._folder.name},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,6 +129,7 @@ class Server:
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()
+        self._folder.cleanup()
 
 
 @contextlib.contextmanager
