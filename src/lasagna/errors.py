@@ -103,7 +103,7 @@ class ServiceError(LasagnaError):
     """A server answered with an error.
 
     Attributes:
-        status: the HTTP status of the answer.
+        status: the HTTP status of the answer; 0 when there was none.
     """
 
     def __init__(self, message: str, status: int) -> None:
