@@ -3,7 +3,8 @@
 The real server runs with a real model and answers real requests. Then everything outside the
 enclave is searched for bytes of weights, inputs and outputs: the memory of the host and of the key
 broker, what crossed the network, what crossed the enclave's socket, the package file. The same
-search finds them in the enclave's memory, or it would prove nothing.
+search finds the weights in the enclave's memory, or it would prove nothing; inputs and outputs
+have no such control yet.
 """
 
 from __future__ import annotations
