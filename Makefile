@@ -21,10 +21,13 @@ say = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 pip-install = $(BIN)/pip install --disable-pip-version-check --progress-bar off $(1) \
 	| { grep --line-buffered -Ev '^Requirement already satisfied|^ |^Obtaining file|^Looking in ' || true; }
 
+# One target after the other, also with -j: tests that share the cores with others run out of time.
+.NOTPARALLEL:
+
 .PHONY: help
 help: ## list the targets
 	@echo "Lasagna: secure DNN inference in small SGX enclaves. Targets:"
-	@sed -nE 's/^([a-z%-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -nE 's/^([a-z%-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 .PHONY: demo
 demo: $(VENV)/.stamp-demo ## install what the demo needs, and run it
@@ -32,11 +35,10 @@ demo: $(VENV)/.stamp-demo ## install what the demo needs, and run it
 	@$(BIN)/lasagna demo
 
 .PHONY: test
-test: lint ## lint, then the unit tests, then the slow tests
-	$(call say,unit tests)
-	@$(BIN)/pytest -m 'not slow'
-	$(call say,slow tests)
-	@$(BIN)/pytest -m slow
+test: lint test-unit test-integration test-slow ## lint, then all tests of the Python code
+
+.PHONY: install
+install: $(VENV)/.stamp-test ## install Lasagna and its test tools into .venv
 
 .PHONY: lint
 lint: $(VENV)/.stamp-test ## ruff and mypy
@@ -46,6 +48,22 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 	@$(BIN)/ruff format --check
 	$(call say,mypy)
 	@$(BIN)/mypy
+
+# Every test is in exactly one of these three; tests/test_phases.py sees to it.
+.PHONY: test-unit
+test-unit: $(VENV)/.stamp-test ## the tests that start no enclave and no server: under a minute
+	$(call say,unit tests)
+	@$(BIN)/pytest -m 'not integration and not slow'
+
+.PHONY: test-integration
+test-integration: $(VENV)/.stamp-test ## the tests with real enclaves, servers and commands
+	$(call say,integration tests)
+	@$(BIN)/pytest -m 'integration and not slow'
+
+.PHONY: test-slow
+test-slow: $(VENV)/.stamp-test ## the tests with large networks
+	$(call say,slow tests)
+	@$(BIN)/pytest -m slow
 
 .PHONY: test-native
 test-native: $(VENV)/bin/python ## the C tests under sanitizers (SANITIZE=...)

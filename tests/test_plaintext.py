@@ -2,9 +2,11 @@
 
 The real server runs with a real model and answers real requests. Then everything outside the
 enclave is searched for bytes of weights, inputs and outputs: the memory of the host and of the key
-broker, what crossed the network, what crossed the enclave's socket, the package file. The same
-search finds the weights in the enclave's memory, or it would prove nothing; inputs and outputs
-have no such control yet.
+broker, what crossed the network, what crossed the enclave's socket, the package file.
+
+An empty result means something because the same search finds the same bytes where they belong:
+weights, inputs and outputs in an enclave, inputs and outputs in the client, which is a process of
+its own here; and because it finds what the host and the broker may have in theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,6 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lasagna import Client
 from lasagna.bench.direct import InsecureDirectEnclave
 from lasagna.enclave import messages as m
 from lasagna.models.seal import SealOptions, seal
@@ -32,10 +33,33 @@ from lasagna.models.zoo.light import light_model
 from lasagna.package.format import Manifest
 from lasagna.package.reader import OpenPackage, Package
 from lasagna.trust.model_keys import ModelKeys, encode_model_keys
-from lasagna.trust.policy import MeasurementIn
+
+pytestmark = pytest.mark.integration
 
 NEEDLE_BYTES = 32
 BUDGET = 9_500_000
+REQUESTS = 3
+# A client that has its image from a file, keeps image and answer in memory, and waits.
+CLIENT = """
+import sys
+import numpy as np
+from lasagna import Client
+from lasagna.trust.policy import MeasurementIn
+
+url, measurement, broker, requests, name, image, answer = sys.argv[1:]
+inputs = {name: np.load(image)}
+with Client(
+    url,
+    policy=MeasurementIn(frozenset({bytes.fromhex(measurement)})),
+    brokers=[bytes.fromhex(broker)],
+    insecure_allow_emulated=True,
+) as client:
+    for _ in range(int(requests)):
+        (output,) = client.infer("squeezenet", inputs).values()
+    np.save(answer, output)
+    print("answered", flush=True)
+    sys.stdin.read()
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +69,19 @@ class Scene:
     path: Path
     keys: ModelKeys
     manifest: Manifest
+    digest: bytes
     image: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
     weights: list[bytes]
     inputs: list[bytes]
 
 
 def needles(data: bytes, count: int = 5) -> list[bytes]:
-    """Some windows of data in which hardly a byte repeats."""
+    """So many windows of data in which hardly a byte repeats."""
     places = np.linspace(64, len(data) - 64, 200).astype(int) // 4 * 4
     windows = (data[p : p + NEEDLE_BYTES] for p in places)
-    return [window for window in windows if len(set(window)) > 16][:count]
+    chosen = [window for window in windows if len(set(window)) > 16][:count]
+    assert len(chosen) == count, "there is something to look for"
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +99,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     largest = sorted(model.graph.initializer, key=lambda t: -len(t.raw_data))[:2]
     as_given = [tensor.raw_data for tensor in largest]
     weights = [needle for data in (*as_sealed, *as_given) for needle in needles(data)]
-    return Scene(path, keys, manifest, image, weights, needles(image.tobytes(), 10))
+    inputs = needles(image.tobytes(), 10)
+    return Scene(path, keys, manifest, package.model_digest, image, weights, inputs)
 
 
 def found(haystack: bytes, secrets: Iterable[bytes]) -> list[str]:
@@ -94,8 +122,13 @@ def memory_of(pid: int) -> Iterator[bytes]:
                 continue  # guard pages
 
 
-def leaked(pid: int, secrets: list[bytes]) -> list[str]:
+def leaked(pid: int, secrets: Iterable[bytes]) -> list[str]:
     return [hit for part in memory_of(pid) for hit in found(part, secrets)]
+
+
+def holds(pid: int, known: Sequence[bytes]) -> bool:
+    """Whether the search finds all of this in a process's memory, where it belongs."""
+    return set(leaked(pid, known)) == {one.hex() for one in known}
 
 
 @dataclass(slots=True)
@@ -168,30 +201,55 @@ def children(pid: int) -> dict[int, str]:
     return direct | {k: v for child in direct for k, v in children(child).items()}
 
 
-def test_nothing_in_plaintext_outside_the_enclave(scene: Scene, tmp_path: Path) -> None:
+@contextmanager
+def answered(
+    scene: Scene, url: str, said: dict[str, str], folder: Path
+) -> Iterator[tuple[int, bytes]]:
+    """A client that has its answers and is still there: its process, and the last answer."""
+    image, answer = folder / "image.npy", folder / "answer.npy"
+    np.save(image, scene.image)
     name = scene.manifest.inputs[0].name
+    trust = (said["measurement"], said["broker"])
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        CLIENT,
+        url,
+        *trust,
+        str(REQUESTS),
+        name,
+        image,
+        answer,
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"answered\n"
+        yield process.pid, np.load(answer).tobytes()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_nothing_in_plaintext_outside_the_enclave(scene: Scene, tmp_path: Path) -> None:
     with serving(scene, tmp_path) as (host, said):
         tap = Tap(("127.0.0.1", int(said["port"])))
-        with (
-            tap.listening() as url,
-            Client(
-                url,
-                policy=MeasurementIn(frozenset({bytes.fromhex(said["measurement"])})),
-                brokers=[bytes.fromhex(said["broker"])],
-                insecure_allow_emulated=True,
-            ) as client,
-        ):
-            answers = [client.infer("squeezenet", {name: scene.image}) for _ in range(3)]
-        (answer,) = answers[0].values()
-        secrets = [*scene.weights, *scene.inputs, *needles(answer.tobytes())]
-        family = children(host)
-        (enclave,) = (pid for pid, command in family.items() if "lasagna.enclave" in command)
-        (broker,) = (pid for pid, command in family.items() if "broker" in command)
-        assert leaked(enclave, scene.weights), "the search finds weights where they are"
-        assert not leaked(host, [*secrets, scene.keys.content_key.reveal()]), "in the host's memory"
-        assert not leaked(broker, secrets), "in the key broker's memory"
-        assert len(tap.seen) > 3 * scene.image.nbytes, "the requests went through the tap"
-        assert not found(bytes(tap.seen), secrets), "on the network"
+        with tap.listening() as url, answered(scene, url, said, tmp_path) as (client, answer):
+            outputs, content_key = needles(answer), scene.keys.content_key.reveal()
+            secrets = [*scene.weights, *scene.inputs, *outputs]
+            family = children(host)
+            (enclave,) = (pid for pid, command in family.items() if "lasagna.enclave" in command)
+            (broker,) = (pid for pid, command in family.items() if "broker" in command)
+
+            # The search finds what is there ...
+            assert leaked(enclave, scene.weights)  # some: not all are laid out as they were given
+            assert holds(enclave, outputs)
+            assert holds(client, [*scene.inputs, *outputs])
+            assert holds(broker, [content_key])
+            assert holds(host, [scene.digest])
+            # ... and these are not.
+            assert not leaked(host, [*secrets, content_key]), "in the host's memory"
+            assert not leaked(broker, secrets), "in the key broker's memory"
+            assert len(tap.seen) > REQUESTS * scene.image.nbytes, "the requests went through it"
+            assert not found(bytes(tap.seen), secrets), "on the network"
     assert not found(scene.path.read_bytes(), secrets), "in the package"
 
 
@@ -217,10 +275,12 @@ def test_nothing_in_plaintext_on_the_enclaves_socket(scene: Scene) -> None:
     with _Recorded(scene.path, scene.keys, 40_000_000, pin=False) as enclave:
         values = {name: scene.image}
         (answer,) = enclave.infer(scene.manifest.inputs, scene.manifest.outputs, values).values()
+        outputs = needles(answer.tobytes())
+        assert holds(enclave.pid, [*scene.inputs, *outputs])  # until another request comes
         request = enclave.seal(scene.manifest.inputs, values)
         half = m.Infer(enclave.next_id(), enclave.digest, (request.rows,), 0, 3)
         enclave.call(half, m.Inferred)  # sealed activations cross as well
         traffic = bytes(enclave.traffic)
     assert len(traffic) > 3 * scene.image.nbytes
-    secrets = [*scene.weights, *scene.inputs, *needles(answer.tobytes())]
+    secrets = [*scene.weights, *scene.inputs, *outputs]
     assert not found(traffic, [*secrets, scene.keys.content_key.reveal()])

@@ -26,9 +26,15 @@ Messages say what was wrong and what would be right; they never hold a key, a te
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class LasagnaError(Exception):
     """Base of every error that Lasagna raises on purpose."""
+
+    def again(self) -> Self:
+        """A fresh one of the same kind: an exception raised in two places collects tracebacks."""
+        return type(self)(*self.args)
 
 
 class UsageError(LasagnaError):
@@ -64,7 +70,7 @@ class BudgetError(LasagnaError):
 
 
 class RequestError(LasagnaError):
-    """One request can't be served; others are not affected."""
+    """One request can't be served; others are not affected (see ``server.fcfs`` for batches)."""
 
 
 class ModelNotFoundError(RequestError):
@@ -85,6 +91,10 @@ class OverloadedError(RequestError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def again(self) -> Self:
+        """A fresh one of the same kind."""
+        return type(self)(str(self), self.retry_after_s)
 
 
 class EnclaveError(LasagnaError):
@@ -109,3 +119,7 @@ class ServiceError(LasagnaError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    def again(self) -> Self:
+        """A fresh one of the same kind."""
+        return type(self)(str(self), self.status)

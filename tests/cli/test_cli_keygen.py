@@ -17,10 +17,10 @@ from lasagna.cli.keygen import (
     create_owner_key,
     owner_public_key,
     read_owner_key,
-    read_private,
     staged,
 )
 from lasagna.errors import UsageError
+from lasagna.secret_file import MAX_SECRET_BYTES, read_private
 
 
 def run(*arguments: str) -> Result:
@@ -108,18 +108,27 @@ def test_missing_key(tmp_path: Path) -> None:
         read_owner_key(tmp_path / "owner.pem")
 
 
-@pytest.mark.parametrize("permissions", [0o604, 0o606, 0o644, 0o777])
-def test_key_that_anybody_can_read_is_refused(tmp_path: Path, permissions: int) -> None:
+@pytest.mark.parametrize("permissions", [0o640, 0o620, 0o604, 0o606, 0o644, 0o777])
+def test_key_that_others_can_read_is_refused(tmp_path: Path, permissions: int) -> None:
     path = tmp_path / "owner.pem"
     create_owner_key(path)
     path.chmod(permissions)
 
-    with pytest.raises(UsageError, match=f"mode {permissions:o}.*chmod 600"):
+    with pytest.raises(UsageError, match=f"mode {permissions:04o}.*chmod 600"):
         read_private(path)
 
 
-@pytest.mark.parametrize("permissions", [0o400, 0o600, 0o640])
-def test_key_for_owner_and_group_is_read(tmp_path: Path, permissions: int) -> None:
+def test_file_longer_than_any_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "owner.pem"
+    path.touch(0o600)
+    path.write_bytes(bytes(MAX_SECRET_BYTES + 1))
+
+    with pytest.raises(UsageError, match="longer than any key"):
+        read_private(path)
+
+
+@pytest.mark.parametrize("permissions", [0o400, 0o600])
+def test_key_for_its_owner_alone_is_read(tmp_path: Path, permissions: int) -> None:
     path = tmp_path / "owner.pem"
     create_owner_key(path)
     path.chmod(permissions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from tests.gateway.twin import INPUT, TwinModel
@@ -109,6 +110,25 @@ def test_an_answer_that_lacks_something_is_the_servers_fault(
     body, length = encode_answer(AnswerJson("m", "1", outputs), records, [True for _ in outputs])
     with pytest.raises(ServiceError, match=message):
         call.open(body, length)
+
+
+def test_a_server_that_claims_huge_rows_gets_no_memory_for_them() -> None:
+    """A row of 1 GiB, of which not a byte is sent: 4 TiB for the largest request."""
+    huge = SealedTensor("y", "uint8", (2**30,))
+    facts = msgspec.structs.replace(FACTS, outputs=(huge,), max_rows=4096)
+    call = seal_call(Service(facts, SERVICE.public_key), {"x": floats(4096, 3)}, os.urandom, {})
+    head = AnswerJson("m", "1", (TensorJson("y", (4096,), "BYTES"),))
+    body, length = encode_answer(head, [[b"x"] * 4096], [True])
+    with pytest.raises(ServiceError, match="a record of 1 bytes for output 'y', whose rows are"):
+        call.open(body, length)
+
+
+def test_a_plan_with_fields_of_a_later_version_is_read() -> None:
+    told = msgspec.json.decode(msgspec.json.encode(FACTS))
+    told["plan"]["levels_of_something_new"] = [1, 2]
+    later = msgspec.json.decode(msgspec.json.encode(told), type=SealedFacts)
+    assert later.plan is not None
+    assert later.plan["max_batch"] == 4
 
 
 def test_an_answer_of_nonsense_is_the_servers_fault() -> None:

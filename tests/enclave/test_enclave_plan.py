@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lasagna.enclave.plan import choose_pinned, live_at_cut, make_plan, workspace_at
+from lasagna.enclave.plan import choose_pinned, freeze_plan, live_at_cut, make_plan, workspace_at
 from lasagna.errors import BudgetError
 from lasagna.models.arrange import arrange, lifetimes
 from lasagna.package.format import PROFILE_BATCHES, SliceFacts, Variant
@@ -45,6 +45,7 @@ def chain(weights: list[int], tensors: list[int]) -> Variant:
         places=places,
         whole=whole,
         whole_places=places,
+        frozen=0,
     )
 
 
@@ -72,6 +73,11 @@ def test_a_plan_keeps_to_its_budget_or_is_refused(
     assert plan.pinned_bytes >= sum(variant.slices[n].weight_bytes for n in plan.pinned)
     if not pin:
         assert not plan.pinned
+    frozen = freeze_plan(plan, threads, budget)
+    if frozen is not None:
+        assert not plan.ring_slots
+        assert frozen.total_bytes == plan.total_bytes + frozen.session_bytes <= budget
+        assert frozen.session_bytes >= 2 * threads * plan.weight_bytes
 
 
 def test_the_refusal_names_bytes_and_slices() -> None:
@@ -134,5 +140,5 @@ def test_workspace_between_and_beyond_what_was_measured() -> None:
 def test_tensors_that_cross_a_cut() -> None:
     slices = (facts(1, (0,), (1, 2)), facts(1, (1,), (3,)), facts(1, (2, 3), (4,)))
     places = arrange([1] * 5, lifetimes([0], [4], slices))
-    variant = Variant("t", 0, 0, (1,) * 5, (0,), (4,), slices, places, slices[0], places)
+    variant = Variant("t", 0, 0, (1,) * 5, (0,), (4,), slices, places, slices[0], places, 0)
     assert [live_at_cut(variant, cut) for cut in range(4)] == [(0,), (1, 2), (2, 3), (4,)]

@@ -27,6 +27,8 @@ from lasagna.units import MIB
 
 from .conftest import Sealed
 
+pytestmark = pytest.mark.integration
+
 SMALL = 9_500_000  # far less than batch 2 with everything pinned: some slices are streamed
 
 

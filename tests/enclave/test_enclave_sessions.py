@@ -54,5 +54,15 @@ def test_a_run_that_needs_more_workspace_than_the_arena_fails_and_the_next_one_w
 
 def test_a_graph_that_is_none_is_refused() -> None:
     set_workspace_arena(100_000)
-    with pytest.raises(PackageError, match="does not open"):
+    with pytest.raises(PackageError, match=r"does not accept a slice's graph \(\w+\)$"):
         open_slice_session(b"no graph", threads=1)
+
+
+def test_a_refused_graph_is_not_quoted() -> None:
+    """It is encrypted in the package, and the host reads the error."""
+    set_workspace_arena(100_000)
+    model = onnx.load_from_string(_chain(["a", "b"]))
+    model.graph.node[0].op_type = "SecretLayer"
+    with pytest.raises(PackageError) as caught:
+        open_slice_session(model.SerializeToString(), threads=1)
+    assert "SecretLayer" not in str(caught.value)

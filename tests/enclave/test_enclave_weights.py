@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,21 +120,26 @@ def test_what_is_loaded_ahead_is_not_overwritten_before_it_is_used(squeezenet: S
     assert store.counters.loads <= turns * len(store.variant.slices) + ahead
 
 
-@pytest.mark.parametrize("loader", [True, False], ids=["loader", "no loader"])
-def test_a_changed_chunk_is_refused_and_the_others_go_on(
-    squeezenet: Sealed, tmp_path: Path, loader: bool
-) -> None:
-    path = tmp_path / "changed.lsg"
+def changed(squeezenet: Sealed, folder: Path, number: int) -> Path:
+    """A copy of the package with another byte in the weights of one slice."""
+    path = folder / "changed.lsg"
     shutil.copy(squeezenet.path, path)
     manifest = squeezenet.manifest
-    victim = manifest.variants[0].slices[4].weights[0]
+    victim = manifest.variants[0].slices[number].weights[0]
     body = HEADER.size + len(encode(manifest)) + SIGNATURE_BYTES
     with path.open("r+b") as file:
         file.seek(manifest.section_offsets(body)[victim] + 100)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    store = open_store(path, squeezenet, 2, set(), 1)
+    return path
+
+
+@pytest.mark.parametrize("loader", [True, False], ids=["loader", "no loader"])
+def test_a_changed_chunk_is_refused_and_the_others_go_on(
+    squeezenet: Sealed, tmp_path: Path, loader: bool
+) -> None:
+    store = open_store(changed(squeezenet, tmp_path, 4), squeezenet, 2, set(), 1)
     with running(store, loader):
         for _ in range(2):
             for number in range(len(store.variant.slices)):
@@ -142,6 +149,75 @@ def test_a_changed_chunk_is_refused_and_the_others_go_on(
                 else:
                     store.acquire(0, number)
                     store.release(0, number)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_the_loader_tries_a_changed_chunk_once_and_then_waits(
+    squeezenet: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
+) -> None:
+    """Until somebody needs it. Trying again and again would take a core from the others."""
+    store = open_store(changed(squeezenet, tmp_path, damaged), squeezenet, 3, set(), 1)
+    tries: list[int] = []
+    decrypt = store.package.decrypt_chunk
+
+    def counted(section: int, *rest: Any) -> None:
+        tries.append(section)
+        decrypt(section, *rest)
+
+    monkeypatch.setattr(store.package, "decrypt_chunk", counted)
+    with running(store, loader=True):
+        for turn in (1, 2):
+            deadline = time.monotonic() + 10
+            while not all(n in store._where and not store._where[n].missing for n in range(3)):
+                assert time.monotonic() < deadline, "the loader does not fill the ring"
+                time.sleep(0.001)
+            time.sleep(0.05)
+            slices = store.variant.slices
+            assert tries.count(slices[damaged].weights[0]) == turn
+            for number in range(len(slices)):
+                if number == damaged:
+                    with pytest.raises(PackageError, match="does not open"):
+                        store.acquire(0, number)
+                else:
+                    store.acquire(0, number)
+                    store.release(0, number)
+            store.idle(0)
+
+
+def test_two_threads_that_need_a_changed_slice_are_both_told(
+    squeezenet: Sealed, tmp_path: Path
+) -> None:
+    store = open_store(changed(squeezenet, tmp_path, 0), squeezenet, 2, set(), 2)
+    told: list[PackageError] = []
+
+    def need(thread: int) -> None:
+        try:
+            store.acquire(thread, 0)
+        except PackageError as error:
+            told.append(error)
+
+    with running(store, loader=True):
+        threads = [threading.Thread(target=need, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert store.acquire(0, 1).size  # the slots are free again
+        store.release(0, 1)
+    assert len(told) == 2
+    assert told[0] is not told[1]
+
+
+def test_only_who_waits_for_a_slice_is_charged_for_it(squeezenet: Sealed) -> None:
+    store = open_store(squeezenet.path, squeezenet, 2, {0}, 2)
+    store.load_pinned()
+    with running(store, loader=False):
+        store.acquire(0, 0)
+        store.acquire(1, 3)
+        store.release(1, 3)
+    assert store.stall_s[0] == 0
+    assert store.stall_s[1] > 0
 
 
 def test_closing_wakes_a_waiting_thread(squeezenet: Sealed) -> None:

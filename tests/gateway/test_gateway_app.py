@@ -87,6 +87,7 @@ async def test_evidence_needs_a_nonce(http: httpx.AsyncClient, nonce: str) -> No
 async def test_statistics_are_one_object(http: httpx.AsyncClient) -> None:
     answer = (await http.get(f"{PATH}/lasagna/statistics")).json()
     assert answer["budget_bytes"] == 1000
+    assert answer["process_peak_bytes"] == 5000
     assert answer["plan"]["max_batch"] == 4
     assert answer["entries"] == 3
     assert "id" not in answer

@@ -239,6 +239,63 @@ async def test_a_request_may_shorten_its_time(
     assert model.timeouts == [expected]
 
 
+async def test_a_time_longer_than_any_number_is_the_servers_own(
+    http: httpx.AsyncClient, model: TwinModel, request_of: tuple[bytes, dict[str, str], Any]
+) -> None:
+    body, headers, _ = request_of
+    wish = as_json(body, headers)
+    wish["parameters"]["timeout"] = 10**400  # no float holds it
+    assert (await http.post(PATH + "/infer", json=wish)).status_code == 200
+    assert model.timeouts == [60.0]
+
+
+async def test_slow_uploads_take_no_place_from_those_that_are_here(
+    model: TwinModel, request_of: tuple[bytes, dict[str, str], Any]
+) -> None:
+    body, headers, _ = request_of
+    go_on = asyncio.Event()
+    begun = asyncio.Barrier(3)
+
+    async def slow() -> AsyncIterator[bytes]:
+        await begun.wait()
+        yield body[:1]
+        await go_on.wait()
+        yield body[1:]
+
+    limits = GatewayLimits(requests=1, uploads=3)
+    async with http_to(model, limits=limits) as http:
+        uploads = [
+            asyncio.create_task(http.post(PATH + "/infer", content=slow(), headers=headers))
+            for _ in range(2)
+        ]
+        await begun.wait()
+        quick = await http.post(PATH + "/infer", content=body, headers=headers)
+        assert quick.status_code == 200
+        go_on.set()
+        statuses = [(await upload).status_code for upload in uploads]
+        assert 200 in statuses
+
+
+async def test_too_many_uploads_at_once_are_refused(
+    model: TwinModel, request_of: tuple[bytes, dict[str, str], Any]
+) -> None:
+    body, headers, _ = request_of
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        begun.set()
+        await go_on.wait()
+        yield body
+
+    async with http_to(model, limits=GatewayLimits(uploads=1)) as http:
+        first = asyncio.create_task(http.post(PATH + "/infer", content=slow(), headers=headers))
+        await begun.wait()
+        refused = await http.post(PATH + "/infer", content=body, headers=headers)
+        assert "1 requests are being received, which is the limit" in error_of(refused, 503)
+        go_on.set()
+        assert (await first).status_code == 200
+
+
 async def test_a_client_that_goes_away_cancels_its_request(
     model: TwinModel, request_of: tuple[bytes, dict[str, str], Any]
 ) -> None:

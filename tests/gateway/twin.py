@@ -97,6 +97,7 @@ class TwinModel:
             Bytes(1000),
             plan,
             convert({"type": "stats", "id": 7} | dict.fromkeys(COUNTERS, 3), Stats),
+            Bytes(5000),
         )
 
     async def infer(self, request: SealedRows, timeout_s: float) -> tuple[tuple[bytes, ...], ...]:
@@ -124,7 +125,7 @@ class TwinModel:
         for spec, records in zip(self._inputs, request.records, strict=True):
             if len(records) != request.rows:
                 raise RecordError("rows are missing")
-            context = context_of(scope, Direction.INPUT, spec, request.rows)
+            context = RecordContext.of(scope, Direction.INPUT, spec, request.rows)
             plain = bytearray(spec.row_bytes * request.rows)
             for row, record in enumerate(records):
                 place = memoryview(plain)[row * spec.row_bytes : (row + 1) * spec.row_bytes]
@@ -134,7 +135,7 @@ class TwinModel:
         sealed = []
         for spec in self._outputs:
             rows = np.ascontiguousarray(outputs[spec.name]).reshape(request.rows, -1)
-            context = context_of(scope, Direction.OUTPUT, spec, request.rows)
+            context = RecordContext.of(scope, Direction.OUTPUT, spec, request.rows)
             sealed.append(
                 tuple(
                     seal_record(keys.output, context, row, values.tobytes(), os.urandom(12))
@@ -156,21 +157,9 @@ def plan_of(max_rows: int) -> PlanFacts:
         activation_bytes=0,
         input_bytes=0,
         staging_bytes=0,
+        session_bytes=0,
         workspace_bytes=0,
         max_batch=max_rows,
         sessions=1,
         total_bytes=1000,
-    )
-
-
-def context_of(
-    scope: RequestScope, direction: Direction, spec: TensorSpec, rows: int
-) -> RecordContext:
-    return RecordContext(
-        scope=scope,
-        direction=direction,
-        tensor=spec.name,
-        dtype=spec.dtype,
-        row_shape=spec.row_shape,
-        rows=rows,
     )

@@ -156,19 +156,19 @@ def cut(case: Case) -> tuple[int, ...]:
 
 
 @given(cases())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_cuts_are_the_cheapest_there_are(case: Case) -> None:
     assert case.cost(cut(case)) == min(map(case.cost, ways(case)))
 
 
 @given(cases(largest=30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_cuts_of_larger_graphs_keep_the_limits(case: Case) -> None:
     cut(case)
 
 
 @given(cases(separable=False))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_tensor_whose_rows_are_mixed_is_never_cut(case: Case) -> None:
     for place in cut(case):
         for tensor in case.computed:
@@ -177,7 +177,7 @@ def test_a_tensor_whose_rows_are_mixed_is_never_cut(case: Case) -> None:
 
 
 @given(cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_needed_memory_is_that_of_the_neediest_node(case: Case) -> None:
     at_once = [
         sum(t.size for t in case.computed if t.made <= k <= t.last) for k in range(case.count)

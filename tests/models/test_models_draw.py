@@ -25,7 +25,7 @@ def variant(*slices: SliceFacts, outputs: tuple[int, ...]) -> Variant:
     sizes = (1, 10, 100, 1000, 10_000)
     places = Places((0,) * len(sizes), 10_000)
     whole = facts((0,), outputs)
-    return Variant("portable", 0, 0, sizes, (0,), outputs, slices, places, whole, places)
+    return Variant("portable", 0, 0, sizes, (0,), outputs, slices, places, whole, places, 0)
 
 
 def details(*layers: tuple[str, int]) -> SliceDetails:

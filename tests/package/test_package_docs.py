@@ -17,6 +17,7 @@ from lasagna.models.cut import CUT_COST_BYTES
 from lasagna.models.tile import COLUMN_ALIGNMENT
 from lasagna.package import format as package_format
 from lasagna.package.reader import OpenPackage, Package
+from lasagna.trust.records import MAX_NAME_BYTES, MAX_RANK, MAX_ROW_BYTES
 
 if TYPE_CHECKING:
     from tests.package.conftest import Sealed
@@ -50,7 +51,10 @@ def test_element_types_are_documented() -> None:
         f"signature ({package_format.SIGNATURE_BYTES} bytes)",
         f"format = {package_format.VERSION} (4)",
         f"| manifest | {package_format.MAX_MANIFEST_BYTES // 2**20} MiB |",
-        f"| a name of a tensor or layer | {package_format.MAX_NAME} characters |",
+        f"| a name of a layer or weight | {package_format.MAX_NAME} characters |",
+        f"| a name of a tensor | {MAX_NAME_BYTES} bytes of UTF-8, at least 1 |",
+        f"| dimensions of a tensor | {MAX_RANK}, each at least 1 |",
+        f"| bytes a row of a tensor | {MAX_ROW_BYTES // 2**30} GiB |",
         f"| the model's name | {package_format.MAX_MODEL_NAME} characters |",
         f"at a multiple of {package_format.WEIGHT_ALIGNMENT} bytes",
         f"at batch {', '.join(map(str, package_format.PROFILE_BATCHES))}",

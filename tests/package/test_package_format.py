@@ -70,6 +70,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         places=places,
         whole=facts(0, count, tuple(weights)),
         whole_places=places,
+        frozen=draw(some),
     )
     return Manifest(
         package_id=draw(st.binary(min_size=32, max_size=32)),
@@ -98,6 +99,7 @@ def example_manifest() -> Manifest:
         places=Places((0, 64, 0), 128),
         whole=replace(facts, weights=(1, 1), weight_bytes=200, outputs=(2,)),
         whole_places=Places((0, 0, 64), 128),
+        frozen=0,
     )
     return Manifest(
         package_id=bytes(32),
@@ -225,7 +227,7 @@ def whole(**changes: Any) -> Manifest:
         (replace(example_manifest(), owner=bytes(33)), "malformed manifest"),
         (
             replace(example_manifest(), inputs=(TensorSpec("x", "str", (1,)),)),
-            "unknown element type 'str'",
+            "'str' is not an element type",
         ),
         (
             replace(example_manifest(), inputs=(TensorSpec("x", "int8", ()),)),
@@ -233,7 +235,27 @@ def whole(**changes: Any) -> Manifest:
         ),
         (
             replace(example_manifest(), inputs=(TensorSpec("x", "int8", (2**40, 2)),)),
-            "bytes a row",
+            "input 'x' can't be sealed in records: .* is not the shape of a row",
+        ),
+        (
+            replace(example_manifest(), inputs=(TensorSpec("x" * 257, "int8", (8,)),)),
+            "a tensor's name has at most 256 bytes",
+        ),
+        (
+            replace(example_manifest(), inputs=(TensorSpec("", "int8", (8,)),)),
+            "a tensor has a name",
+        ),
+        (
+            replace(example_manifest(), inputs=(TensorSpec("x", "int8", (1,) * 9),)),
+            "at most 8 positive sizes",
+        ),
+        (
+            replace(example_manifest(), inputs=(TensorSpec("x", "int8", (1, 0)),)),
+            "at most 8 positive sizes",
+        ),
+        (
+            replace(example_manifest(), inputs=(TensorSpec("x", "int8", (2, 2**30)),)),
+            "a row of 2147483648 bytes is too large",
         ),
         (
             replace(example_manifest(), inputs=(TensorSpec("x", "int8", (8,)),) * 2),
@@ -242,6 +264,7 @@ def whole(**changes: Any) -> Manifest:
         (replace(example_manifest(), inputs=()), "inputs or outputs differ"),
         (first_variant(slices=()), "has no slices"),
         (first_variant(details=3), "no section 3"),
+        (first_variant(frozen=4), "no section 4"),
         (first_variant(inputs=(3,)), "tensor 3 is not 'x'"),
         (first_variant(outputs=(1,)), "tensor 1 is not 'y'"),
         (first_variant(block=65), "malformed manifest"),
@@ -293,11 +316,11 @@ def weights(*specs: WeightSpec) -> Details:
             replace(example_details(), tensors=(TensorSpec("t", "float32", (1, 2)),) * 3),
             "two tensors have one name",
         ),
-        (weights(WeightSpec("w", "complex64", (1,), 0)), "unknown element type"),
-        (weights(WeightSpec("w", "int8", (1,), 32)), "'w' is misplaced"),
+        (weights(WeightSpec("w", "complex64", (1,), 0)), "weight 0 has an unknown element type"),
+        (weights(WeightSpec("w", "int8", (1,), 32)), "weight 0 is misplaced"),
         (
             weights(WeightSpec("v", "int8", (65,), 0), WeightSpec("w", "int8", (1,), 64)),
-            "'w' is misplaced",
+            "weight 1 is misplaced",
         ),
         (weights(WeightSpec("w", "int8", (101,), 0)), "its weights exceed 100 bytes"),
         (weights(WeightSpec("w", "int8", (2**48, 2**48), 0)), "its weights exceed 100 bytes"),
@@ -310,3 +333,27 @@ def weights(*specs: WeightSpec) -> Details:
 def test_details_at_odds_with_the_manifest_are_refused(details: Details, message: str) -> None:
     with pytest.raises(PackageError, match=message):
         parse_details(encode(details), example_manifest().variants[0])
+
+
+def tensors(**changes: Any) -> Details:
+    first, second, third = example_details().tensors
+    return replace(example_details(), tensors=(first, replace(second, **changes), third))
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        tensors(name="hush" * 65),
+        tensors(name="hush", row_shape=(1,) * 9),
+        tensors(name="hush", row_shape=(1, 0)),
+        tensors(name="hush", dtype="complex64"),
+        tensors(name="hush", row_shape=()),
+        weights(WeightSpec("hush", "complex64", (1,), 0)),
+        weights(WeightSpec("hush", "int8", (1,), 32)),
+    ],
+)
+def test_no_secret_name_is_in_a_refusal_of_details(details: Details) -> None:
+    """The enclave's host reads it."""
+    with pytest.raises(PackageError, match=r"(tensor 1|slice 1: weight 0) \w+") as caught:
+        parse_details(encode(details), example_manifest().variants[0])
+    assert "hush" not in str(caught.value)

@@ -91,6 +91,20 @@ async def test_who_is_refused_and_why(
     assert message in answer.json()["error"]
 
 
+async def test_a_key_request_that_never_ends_is_given_up() -> None:
+    never = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await never.wait()
+
+    transport = httpx.ASGITransport(broker_app(BROKER, body_timeout_s=0.02))
+    async with httpx.AsyncClient(transport=transport, base_url="http://broker") as client:
+        answer = await client.post("/v1/release", content=body())
+    assert answer.status_code == 408
+    assert answer.json() == {"error": "the key request did not arrive within 0.02 s"}
+
+
 async def test_the_public_key_is_told(http: httpx.AsyncClient) -> None:
     answer = (await http.get("/v1/broker")).json()
     assert answer == {
@@ -147,6 +161,11 @@ def test_a_file_that_is_no_key_file(key_file: Path) -> None:
         read_model_keys([key_file])
 
 
+def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"can't read .*model\.key: No such file"):
+        read_model_keys([tmp_path / "model.key"])
+
+
 def test_a_key_file_that_others_may_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run chmod 600"):
         read_model_keys([open_to_others(tmp_path / "model.key")])
@@ -175,6 +194,7 @@ def test_elsewhere_only_by_name(host: str) -> None:
 # The relay, over a real socket to a real child.
 
 
+@pytest.mark.integration
 async def test_the_local_broker_answers_over_http(key_file: Path, tmp_path: Path) -> None:
     async with insecure_local_broker([key_file], MEASUREMENT, tmp_path / "state") as url:
         relay = BrokerRelay(url)
@@ -188,6 +208,7 @@ async def test_the_local_broker_answers_over_http(key_file: Path, tmp_path: Path
         await relay.public_key()
 
 
+@pytest.mark.integration
 async def test_a_local_broker_that_does_not_start_says_why(tmp_path: Path) -> None:
     key_file = open_to_others(tmp_path / "model.key")
     with pytest.raises(ServiceError, match=r"did not start: error: .* run chmod 600"):

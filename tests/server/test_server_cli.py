@@ -20,6 +20,8 @@ from lasagna.errors import EvidenceError, InvalidInputError, ServiceError
 from lasagna.tee.process import InsecureProcessBackend
 from lasagna.trust.policy import MeasurementIn
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

@@ -15,6 +15,8 @@ from tests.server.serving import SOON, Asking, local, serving, watching
 
 from lasagna.errors import ServiceError
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_package_that_was_tampered_with_is_not_ready(model: Model, tmp_path: Path) -> None:
     package = model.copy_to(tmp_path)

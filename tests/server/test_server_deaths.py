@@ -20,7 +20,7 @@ from lasagna.errors import (
 from lasagna.server.broker import InsecureBroker
 from lasagna.server.served import State
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.integration]
 
 
 async def test_a_request_in_flight_survives_its_enclave(
@@ -75,6 +75,11 @@ async def test_an_enclave_that_hangs_is_replaced(
             await rig.answer(sealed), model.expected({INPUT: image}), rtol=1e-4
         )
         assert len(rig.backend.started) == 2
+
+
+async def test_an_enclaves_memory_is_measured_by_the_kernel_and_exceeds_its_plan(rig: Rig) -> None:
+    told = await rig.host.statistics(5.0)
+    assert told.plan.total_bytes < told.process_peak_bytes < 2**30
 
 
 async def test_a_deadline_holds_while_the_enclave_hangs(rig: Rig, image: Array) -> None:

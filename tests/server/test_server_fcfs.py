@@ -142,6 +142,58 @@ def test_a_request_whose_enclave_dies_twice_is_given_up_and_takes_nobody_along()
     assert ids_of(fcfs.next_batch(0.0)) == (2,)
 
 
+def test_a_batch_that_fails_is_taken_apart_and_one_that_fails_alone_is_given_up() -> None:
+    fcfs = queue(rows=4, batches=2)
+    arrive(fcfs, 1, 2, 3)
+    first = fcfs.next_batch(0.0)
+    assert first
+    arrive(fcfs, 4, 5)
+    second = fcfs.next_batch(0.0)
+    assert ids_of(second) == (4, 5)
+    assert fcfs.failed(first.number, 1.0) == ()
+    alone = fcfs.next_batch(1.0)
+    assert ids_of(alone) == (1,)  # beside the other batch: the enclave lives
+    assert alone
+    assert fcfs.failed(alone.number, 2.0) == (1,)
+    assert ids_of(fcfs.next_batch(2.0)) == (2,)
+
+
+def test_nothing_joins_the_batch_of_one_that_runs_alone() -> None:
+    fcfs = queue(rows=4, batches=1)
+    arrive(fcfs, 1, 2)
+    both = fcfs.next_batch(0.0)
+    assert both
+    arrive(fcfs, 3, 4)
+    assert fcfs.failed(both.number, 1.0) == ()
+    served = []
+    while batch := fcfs.next_batch(1.0):
+        served.append(batch.ids)
+        fcfs.finished(batch.number, 1.0)
+    assert served == [(1,), (2,), (3, 4)]
+
+
+def test_who_is_left_of_a_batch_that_fails_is_not_blamed_for_it() -> None:
+    fcfs = queue(rows=4, batches=1)
+    arrive(fcfs, 1, 2)
+    both = fcfs.next_batch(0.0)
+    assert both
+    fcfs.withdrawn(1)
+    assert fcfs.failed(both.number, 1.0) == ()
+    assert ids_of(fcfs.next_batch(1.0)) == (2,)
+
+
+def test_a_failed_batch_counts_as_no_death() -> None:
+    fcfs = queue(batches=1)
+    arrive(fcfs, 1, 2)
+    both = fcfs.next_batch(0.0)
+    assert both
+    fcfs.failed(both.number, 1.0)
+    assert ids_of(fcfs.next_batch(1.0)) == (1,)
+    assert fcfs.enclave_died() == ()
+    assert ids_of(fcfs.next_batch(1.0)) == (1,)
+    assert fcfs.enclave_died() == (1,)
+
+
 def test_who_stopped_waiting_is_not_run_again() -> None:
     fcfs = queue()
     arrive(fcfs, 1)
@@ -182,7 +234,9 @@ class AnySequence(RuleBasedStateMachine):
         self.rows: dict[int, int] = {}
         self.waiting: list[int] = []
         self.running: dict[int, tuple[int, ...]] = {}
+        self.sizes: dict[int, int] = {}
         self.died: set[int] = set()
+        self.failed: set[int] = set()
         self.now = 0.0
         self.limit = limit
 
@@ -213,8 +267,11 @@ class AnySequence(RuleBasedStateMachine):
         if self.died.intersection(batch.ids):
             assert len(batch.ids) == 1
             assert not self.running
+        if self.failed.intersection(batch.ids):
+            assert len(batch.ids) == 1
         del self.waiting[: len(batch.ids)]
         self.running[batch.number] = batch.ids
+        self.sizes[batch.number] = len(batch.ids)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), elapsed=st.floats(0, 10))
@@ -223,6 +280,19 @@ class AnySequence(RuleBasedStateMachine):
         self.now += elapsed
         self.fcfs.finished(number, self.now)
         del self.running[number]
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def fails(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.running)))
+        ids = self.running.pop(number)
+        given_up = self.fcfs.failed(number, self.now)
+        if self.sizes[number] == 1:
+            assert given_up == ids
+            return
+        assert given_up == ()
+        self.failed |= set(ids)
+        self.waiting = sorted([*self.waiting, *ids])
 
     @rule(data=st.data())
     def somebody_leaves(self, data: st.DataObject) -> None:

@@ -19,7 +19,7 @@ from lasagna.tee.measurement import ENCLAVE_CODE, measure_code, source_root
 from lasagna.tee.process import ChildProcess, InsecureProcessBackend
 from lasagna.units import Bytes
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.integration]
 
 SLEEP = "import signal; signal.pause()"
 
@@ -80,14 +80,20 @@ async def test_signals_to_a_dead_child_do_nothing() -> None:
     child = await run("")
     assert await child.wait() == 0
     child.kill()
-    child.terminate()
     assert await child.wait() == 0
 
 
-async def test_terminate_asks_first() -> None:
-    child = await run(SLEEP)
-    child.terminate()
-    assert await child.wait() == -signal.SIGTERM
+async def test_a_childs_memory_is_told_as_the_kernel_counts_it() -> None:
+    ready, tell = os.pipe()
+    script = f"import os; x = b'x' * 50_000_000; del x; os.write({tell}, b'!'); " + SLEEP
+    child = await ChildProcess.start("child", ("-c", script), pass_fds=(tell,))
+    await asyncio.to_thread(os.read, ready, 1)
+    assert 50_000_000 < child.peak_bytes < 150_000_000  # the most there was, not what is left
+    child.kill()
+    await child.wait()
+    assert child.peak_bytes == 0
+    os.close(ready)
+    os.close(tell)
 
 
 HOST = """

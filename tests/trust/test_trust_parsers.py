@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,8 +53,10 @@ JSON = st.recursive(
     ),
     max_leaves=10,
 ).map(msgspec.json.encode)
-NESTED = st.integers(1, 3000).map(lambda depth: b"[" * depth) | st.integers(1, 900).map(
-    lambda depth: b'{"quote":' * depth
+NESTED = (
+    st.integers(1, 3000).map(lambda depth: b"[" * depth)
+    | st.integers(1, 900).map(lambda depth: b'{"quote":' * depth)
+    | st.integers(1, 1018).map(lambda depth: b'{"a":' + b"[" * depth)  # in a field to be skipped
 )
 
 
@@ -67,6 +70,12 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 ANY = st.binary(max_size=300) | JSON | NESTED | mutated()
+
+
+@pytest.mark.parametrize("depth", [1000, 1018])  # 1 KiB is the limit of claims
+def test_a_deeply_nested_unknown_field_is_refused(depth: int) -> None:
+    with pytest.raises(EvidenceError, match="malformed"):
+        decode_claims(b'{"a":' + b"[" * depth)
 
 
 @settings(deadline=None)

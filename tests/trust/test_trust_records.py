@@ -178,7 +178,7 @@ def test_a_record_does_not_open_in_any_other_place(field: str, value: Any) -> No
 
 def test_a_record_does_not_open_as_another_row() -> None:
     record = seal_record(KEY, CONTEXT, 1, ROW, NONCE)
-    with pytest.raises(RecordError, match="row 2 of activation 'conv1'"):
+    with pytest.raises(RecordError, match="row 2 of an activation at cut 1 of request"):
         open_record(CONTEXT, 2, record)
 
 
@@ -297,6 +297,16 @@ def test_an_activation_is_never_sealed_under_a_key_that_the_client_has(
 ) -> None:
     with pytest.raises(UsageError, match=f"{direction} records is used for activation"):
         seal_record(KEYS[direction], CONTEXT, 0, ROW, NONCE)
+
+
+def test_errors_name_inputs_but_nothing_inside_the_network() -> None:
+    """The host reads an enclave's errors, and inner names are encrypted in the package."""
+    at_input = replace(CONTEXT, direction=Direction.INPUT, variant="", boundary=0)
+    for context, named in ((CONTEXT, False), (at_input, True)):
+        for record in (bytes(52), bytes(53), b"\x01" + bytes(52)):
+            with pytest.raises(RecordError) as caught:
+                open_record_into(KEYS[context.direction], context, 0, record, bytearray(24))
+            assert (context.tensor in str(caught.value)) == (named and record != bytes(53))
 
 
 REFUSED: list[dict[str, Any]] = [

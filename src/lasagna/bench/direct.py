@@ -199,7 +199,7 @@ class InsecureDirectEnclave:
         for spec in specs:
             array = np.ascontiguousarray(inputs[spec.name])
             rows = len(array) // spec.row_shape[0]
-            context = _context(scope, spec, Direction.INPUT, rows)
+            context = RecordContext.of(scope, Direction.INPUT, spec, rows)
             tensor = []
             for row, part in enumerate(np.split(array, rows)):
                 record = bytearray(context.record_bytes)
@@ -223,7 +223,7 @@ class InsecureDirectEnclave:
         outputs: dict[str, Array] = {}
         rows = request.rows.rows
         for spec, records in zip(specs, result.records, strict=True):
-            context = _context(request.scope, spec, Direction.OUTPUT, rows)
+            context = RecordContext.of(request.scope, Direction.OUTPUT, spec, rows)
             array = np.empty(spec.shape(rows), dtype=spec.dtype)
             for row, (record, part) in enumerate(zip(records, np.split(array, rows), strict=True)):
                 open_record_into(request.keys.keys.output, context, row, record, part.data)
@@ -282,16 +282,3 @@ class InsecureDirectEnclave:
                 raise EnclaveLostError("the enclave closed the connection")
             view = view[got:]
         return data
-
-
-def _context(
-    scope: RequestScope, spec: TensorSpec, direction: Direction, rows: int
-) -> RecordContext:
-    return RecordContext(
-        scope=scope,
-        direction=direction,
-        tensor=spec.name,
-        dtype=spec.dtype,
-        row_shape=spec.row_shape,
-        rows=rows,
-    )

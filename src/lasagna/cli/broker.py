@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lasagna.cli.options import AllowMeasurement, InsecureAllowEmulated, digests_of
+from lasagna.cli.options import AllowMeasurement, InsecureAllowEmulated, digests_of, listen
 
 DEFAULT_PORT = 8100
 
@@ -51,7 +51,7 @@ def insecure_broker(
         policy=MeasurementIn(digests_of("--allow-measurement", allow_measurement)),
         insecure_allow_emulated=insecure_allow_emulated,
     )
-    listener = socket.socket(fileno=listen_fd) if listen_fd is not None else _listen(host, port)
+    listener = socket.socket(fileno=listen_fd) if listen_fd is not None else listen(host, port)
     bound = listener.getsockname()
     typer.echo(f"insecure key broker on http://{bound[0]}:{bound[1]}", err=True)
     typer.echo(f"its public key, for clients: --broker-key {broker.public_key.hex()}", err=True)
@@ -64,8 +64,3 @@ def insecure_broker(
 def default_state() -> Path:
     """Where a broker keeps its secrets unless it is told."""
     return Path(typer.get_app_dir("lasagna")) / "insecure-broker"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)

@@ -238,7 +238,6 @@ def _cost_table(stats: Mapping[str, Any], seconds: float, plain_s: float) -> Tab
     table.add_column("", justify="right")
     table.add_column("time and calls")
     table.add_column("", justify="right")
-    peak = stats["pool_high_water"] + stats["workspace_bytes"]
     left = [
         ("weights sealed", plan["weight_bytes"]),
         (f"pinned ({len(plan['pinned_slices'])} of {plan['slices']} slices)", plan["pinned_bytes"]),
@@ -246,8 +245,9 @@ def _cost_table(stats: Mapping[str, Any], seconds: float, plain_s: float) -> Tab
         ("activations", plan["activation_bytes"] + plan["input_bytes"]),
         ("workspace", plan["workspace_bytes"]),
         (f"ring of {plan['ring_slots']} slots", plan["ring_slots"] * plan["slot_bytes"]),
-        ("[bold]peak[/]", peak),
+        ("[bold]planned[/]", stats["pool_high_water"] + stats["workspace_bytes"]),
         ("[bold]budget[/]", stats["budget_bytes"]),
+        ("[bold]process, all of it[/]", stats["process_peak_bytes"]),
     ]
     right = [
         ("open the request", _ms(stats["open_s"])),
@@ -256,6 +256,7 @@ def _cost_table(stats: Mapping[str, Any], seconds: float, plain_s: float) -> Tab
         ("wait for a load", _ms(stats["stall_s"])),
         ("seal the answer", _ms(stats["seal_s"])),
         ("calls into the enclave", f"{stats['entries']:.0f}"),
+        ("", ""),
         ("[bold]client to client[/]", _ms(seconds)),
         ("[bold]plain ONNX Runtime[/]", _ms(plain_s)),
     ]

@@ -14,7 +14,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.cli.keygen import read_private
 from lasagna.errors import PackageError, UsageError
 from lasagna.models.draw import draw_slices, slice_picture
 from lasagna.package.format import (
@@ -27,6 +26,7 @@ from lasagna.package.format import (
     Variant,
 )
 from lasagna.package.reader import OpenPackage, Package
+from lasagna.secret_file import read_private
 from lasagna.trust.model_keys import ModelKeys, decode_model_keys
 from lasagna.units import format_bytes
 

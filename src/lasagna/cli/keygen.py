@@ -1,9 +1,8 @@
-"""``lasagna keygen``, and how every command reads and writes files with keys in them."""
+"""``lasagna keygen``, and how every command writes files with keys in them."""
 
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lasagna.errors import UsageError
+from lasagna.secret_file import read_private
 
 PRIVATE = 0o600
 PUBLIC = 0o644
@@ -81,25 +81,6 @@ def read_owner_key(path: Path) -> Ed25519PrivateKey:
 def owner_public_key(key: Ed25519PrivateKey) -> bytes:
     """The 32 bytes that a package's signature is verified with."""
     return key.public_key().public_bytes_raw()
-
-
-def read_private(path: Path) -> bytes:
-    """Read a file with a secret in it.
-
-    Raises:
-        UsageError: it can't be read, is longer than any key, or others may read it too.
-    """
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & stat.S_IRWXO:
-                raise UsageError(
-                    f"{path} can be read by anybody on this machine (mode {mode & 0o777:o}): "
-                    f"chmod 600 {path}, and think about who has read it"
-                )
-            return file.read(64 * 1024)
-    except OSError as error:
-        raise UsageError(f"can't read {path}: {error.strerror}") from None
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and what becomes of their values."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -34,6 +35,23 @@ def digests_of(option: str, values: Sequence[str]) -> frozenset[bytes]:
     if not values:
         raise UsageError(f"{option} is needed: {2 * _BYTES} hexadecimal digits")
     return frozenset(_digest(option, value) for value in values)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens for TCP connections.
+
+    Raises:
+        UsageError: there is no such address here, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"can't listen on {host}, port {port}: {error}") from None
+    # Connections inherit it. asyncio sets it only for sockets whose protocol number it was told,
+    # and an answer in two writes then waits 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _digest(option: str, text: str) -> bytes:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from lasagna.cli.broker import default_state
+from lasagna.cli.options import listen
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.units import format_bytes, parse_bytes
 
@@ -115,7 +116,7 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("asyncio", "httpcore", "httpx", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         plan = _Plan(
             packages=packages,
             config=config,
@@ -243,15 +244,3 @@ def _catch_signals(stop: asyncio.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, caught)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"can't listen on {host}, port {port}: {error}") from None
-    # Connections inherit it. asyncio sets it only for sockets whose protocol number it was told,
-    # and an answer in two writes then waits 40 ms for the client's delayed acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener

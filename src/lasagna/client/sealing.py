@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lasagna.errors import InvalidInputError, RecordError, ServiceError
-from lasagna.gateway.metadata import DATATYPES, SealedFacts, SealedTensor
+from lasagna.gateway.metadata import SealedFacts, SealedTensor
 from lasagna.gateway.sealed import CAPSULE, REQUEST_ID
 from lasagna.gateway.tensors import (
     Parameter,
@@ -23,6 +23,7 @@ from lasagna.gateway.tensors import (
     parse_answer,
     write_length,
 )
+from lasagna.package.format import DTYPES
 from lasagna.trust.keys import (
     KEY_BYTES,
     REQUEST_ID_BYTES,
@@ -107,7 +108,14 @@ class SealedCall:
         return found
 
     def _open_output(self, spec: SealedTensor, records: Sequence[memoryview]) -> Array:
-        context = _context(self._scope, Direction.OUTPUT, spec, self._rows)
+        context = RecordContext.of(self._scope, Direction.OUTPUT, spec, self._rows)
+        for record in records:  # before there is room for what the server says that rows take
+            if len(record) != context.record_bytes:
+                raise ServiceError(
+                    f"the server answers a record of {len(record)} bytes for output "
+                    f"{spec.name!r}, whose rows are sealed in {context.record_bytes}",
+                    200,
+                )
         plain = bytearray(context.row_bytes * self._rows)
         view = memoryview(plain)
         for row, record in enumerate(records):
@@ -180,7 +188,7 @@ def seal_call(
         request_id=entropy(REQUEST_ID_BYTES),
     )
     sealed = seal_capsule(service.public_key, scope, RequestSecret(SecretKey(entropy(KEY_BYTES))))
-    contexts = [_context(scope, Direction.INPUT, spec, rows) for spec in facts.inputs]
+    contexts = [RecordContext.of(scope, Direction.INPUT, spec, rows) for spec in facts.inputs]
     blobs = [rows * element_bytes(context.record_bytes) for context in contexts]
     head = msgspec.json.encode(
         RequestJson(
@@ -206,7 +214,7 @@ def seal_call(
             source = plain[row * context.row_bytes : (row + 1) * context.row_bytes]
             seal_record_into(sealed.keys.input, context, row, source, entropy(NONCE_BYTES), out)
             place = place[element_bytes(context.record_bytes) :]
-    outputs = [_context(scope, Direction.OUTPUT, spec, rows) for spec in facts.outputs]
+    outputs = [RecordContext.of(scope, Direction.OUTPUT, spec, rows) for spec in facts.outputs]
     limit = _ANSWER_JSON_BYTES + sum(rows * element_bytes(c.record_bytes) for c in outputs)
     return SealedCall(body, len(head), limit, facts, scope, sealed, rows)
 
@@ -241,19 +249,6 @@ def _batch_hint(array: Array, spec: SealedTensor) -> str:
 
 
 def _dtype(spec: SealedTensor) -> np.dtype[Any]:
-    if spec.dtype not in DATATYPES:
+    if spec.dtype not in DTYPES:
         raise RecordError(f"tensor {spec.name!r} has the unknown element type {spec.dtype!r}")
     return np.dtype(spec.dtype)
-
-
-def _context(
-    scope: RequestScope, direction: Direction, spec: SealedTensor, rows: int
-) -> RecordContext:
-    return RecordContext(
-        scope=scope,
-        direction=direction,
-        tensor=spec.name,
-        dtype=spec.dtype,
-        row_shape=spec.row_shape,
-        rows=rows,
-    )

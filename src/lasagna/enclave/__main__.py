@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import socket
 import sys
-from typing import Final
+import threading
+from typing import Final, NoReturn
 
 from lasagna.enclave.messages import DEFAULT_FRAME_LIMIT
 from lasagna.enclave.service import Enclave, Limits
@@ -18,8 +20,21 @@ SWITCH_INTERVAL_S: Final = 1e-4
 default, for the main thread to finish opening a request."""
 
 
+def die(error: type[BaseException]) -> NoReturn:
+    """End the process at once over an error that nobody expected, in whichever thread.
+
+    The other threads would wait for the one that ended; the host starts another enclave instead.
+    The host reads what is written here, so only the error's type is: its text may hold a plaintext.
+    """
+    sys.stderr.write(f"enclave: a bug: {error.__name__}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> int:
     """Connect to the host and serve it until it says Stop or goes away."""
+    sys.excepthook = lambda kind, error, trace: die(kind)
+    threading.excepthook = lambda failed: die(failed.exc_type)
     parser = argparse.ArgumentParser(prog="lasagna.enclave", description=__doc__)
     parser.add_argument("--socket", required=True, help="Unix socket that the host listens on")
     parser.add_argument("--budget", type=int, required=True, help="bytes of enclave memory")

@@ -5,15 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lasagna.enclave.messages import InferResult, Timings
 from lasagna.enclave.model import Lane, Model
+from lasagna.enclave.pool import Memory
 from lasagna.enclave.records import OpenRequest
 from lasagna.errors import EnclaveError
-
-Memory = NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -29,6 +25,7 @@ class Job:
         opened: whether the rows are in enclave memory already.
         open_s: seconds that opening took.
         queued_at: when it began to wait for a compute thread.
+        wait_s: seconds that it waited.
     """
 
     id: int
@@ -40,6 +37,15 @@ class Job:
     opened: bool = False
     open_s: float = 0.0
     queued_at: float = 0.0
+    wait_s: float = 0.0
+
+
+def _reason(error: Exception) -> str:
+    """Why ONNX Runtime failed, in words for the host: its own quote values of the input."""
+    kind = type(error).__name__
+    if "Available memory" in str(error):
+        return f"it needs more workspace than was planned ({kind})"
+    return f"the input's values do not suit the model, an index out of range for example ({kind})"
 
 
 def run_job(model: Model, lane: Lane, job: Job) -> tuple[tuple[InferResult, ...], Timings]:
@@ -50,15 +56,14 @@ def run_job(model: Model, lane: Lane, job: Job) -> tuple[tuple[InferResult, ...]
         PackageError: a slice's weights do not open.
     """
     begin = time.perf_counter()
-    stalled = model.store.counters.stall_s
+    stalled = model.store.stall_s[lane.number]
     if job.rows:
         for number in range(job.first, job.last):
             weights = model.store.acquire(lane.number, number)
             try:
                 lane.run_slice(model, number, job.rows, weights, job.inputs)
             except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-                reason = str(error).splitlines()[0][:300]
-                raise EnclaveError(f"slice {number} failed: {reason}") from None
+                raise EnclaveError(f"slice {number} failed: {_reason(error)}") from None
             finally:
                 model.store.release(lane.number, number)
     computed = time.perf_counter()
@@ -71,10 +76,10 @@ def run_job(model: Model, lane: Lane, job: Job) -> tuple[tuple[InferResult, ...]
         request if isinstance(request, InferResult) else request.seal(specs, places, cut)
         for request in job.requests
     )
-    stall = model.store.counters.stall_s - stalled
+    stall = model.store.stall_s[lane.number] - stalled
     timings = Timings(
         open_s=job.open_s,
-        wait_s=begin - job.queued_at,
+        wait_s=job.wait_s,
         compute_s=max(0.0, computed - begin - stall),
         stall_s=stall,
         seal_s=time.perf_counter() - computed,

@@ -144,6 +144,8 @@ class PlanFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staging_bytes: _Count
     """Ciphertext on its way to be decrypted."""
     workspace_bytes: _Count
+    session_bytes: _Count
+    """Room for weights that sessions hold packed, for all compute threads; 0 where they don't."""
     max_batch: int
     sessions: int
     total_bytes: _Count
@@ -167,7 +169,11 @@ class InferResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds spent on one Infer. ``stall_s`` is waiting for weights that were not there yet."""
+    """Seconds spent on one Infer, each counted once.
+
+    ``wait_s`` is for a compute thread, ``stall_s`` for weights that were not there yet, on the
+    thread that ran it.
+    """
 
     open_s: float
     wait_s: float
@@ -184,7 +190,11 @@ class Inferred(_Message, frozen=True, tag="inferred"):
 
 
 class Stats(_Message, frozen=True, tag="stats"):
-    """Counters since the enclave started. Times in seconds, sizes in bytes."""
+    """Counters since the enclave started. Times in seconds, of all threads; sizes in bytes.
+
+    ``pool_high_water`` is what was handed out of the pool (see ``enclave.pool.Pool``), not what is
+    resident.
+    """
 
     pool_bytes: _Count
     pool_high_water: _Count

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
-import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lasagna.enclave.plan import Plan, live_at_cut, make_plan
-from lasagna.enclave.pool import Pool, address
+from lasagna.enclave.plan import Plan, freeze_plan, live_at_cut, make_plan
+from lasagna.enclave.pool import Memory, Pool, address
 from lasagna.enclave.sessions import open_slice_session, set_workspace_arena
 from lasagna.enclave.weights import WeightStore
 from lasagna.errors import BudgetError, PackageError
 from lasagna.package.format import DTYPES, Details, TensorSpec, Variant
 from lasagna.package.reader import OpenPackage
 
-Memory = NDArray[np.uint8]
+Array: TypeAlias = NDArray[Any]
 BINDINGS_PER_SLICE: Final = 4
 """Bindings kept for each slice of a thread: combinations of batch, ring slot and input slot."""
 
@@ -32,7 +31,6 @@ class Model:
     Attributes:
         digest: of the package.
         name: of the model.
-        batchable: whether rows can be batched.
         variant: what runs.
         details: its secret part.
         plan: how the budget is spent.
@@ -45,7 +43,6 @@ class Model:
 
     digest: bytes
     name: str
-    batchable: bool
     variant: Variant
     details: Details
     plan: Plan
@@ -176,10 +173,20 @@ def choose_variant(variants: Sequence[Variant], block: int) -> Variant:
 def _fit(
     sliced: Variant, budget: int, threads: int, max_batch: int, name: str, *, pin: bool
 ) -> tuple[Variant, Plan]:
-    """The whole model as one slice when all of it fits, which saves the calls; else in slices."""
+    """The whole model as one slice when all of it fits, which saves the calls; else in slices.
+
+    The whole has another name, ``nchwc8/whole``: it has one slice and no cut inside, so numbers of
+    slices and cuts mean something else than in ``nchwc8``, and activations of the one must not open
+    in the other.
+    """
     if not pin:
         return sliced, make_plan(sliced, budget, threads, max_batch, name=name, pin=False)
-    whole = msgspec.structs.replace(sliced, slices=(sliced.whole,), places=sliced.whole_places)
+    whole = msgspec.structs.replace(
+        sliced,
+        name=f"{sliced.name}/whole",
+        slices=(sliced.whole,),
+        places=sliced.whole_places,
+    )
     try:
         plan = make_plan(whole, budget, threads, max_batch, name=name)
     except BudgetError:
@@ -187,6 +194,24 @@ def _fit(
     if plan is not None and plan.ring_slots == 0:
         return whole, plan
     return sliced, make_plan(sliced, budget, threads, max_batch, name=name)
+
+
+def _freeze(
+    variant: Variant, details: Details, weights: Memory
+) -> tuple[Variant, Details, dict[str, Array]]:
+    """The whole with its weights as constants: nothing is bound to a run but activations."""
+    (facts,), (inner,) = variant.slices, details.slices
+    values: dict[str, Array] = {}
+    for spec in inner.weights:
+        flat = weights[spec.offset : spec.offset + spec.size]
+        values[spec.name] = flat.view(DTYPES[spec.dtype]).reshape(spec.shape)
+    return (
+        msgspec.structs.replace(
+            variant, slices=(msgspec.structs.replace(facts, graph=variant.frozen),)
+        ),
+        msgspec.structs.replace(details, slices=(msgspec.structs.replace(inner, weights=()),)),
+        values,
+    )
 
 
 def prepare_model(
@@ -210,15 +235,21 @@ def prepare_model(
     wish = max_batch if manifest.batchable else 1
     variant, plan = _fit(sliced, budget, threads, wish, manifest.name, pin=pin)
     details = package.details(sliced)
+    frozen: Plan | None = None
     if variant is not sliced:
         details = msgspec.structs.replace(details, slices=(details.whole,))
-    pool = Pool(plan.total_bytes - plan.workspace_bytes)
+        frozen = freeze_plan(plan, threads, budget)
+    plan = frozen or plan
+    pool = Pool(plan.total_bytes - plan.workspace_bytes - plan.session_bytes)
     stagings = [pool.take(plan.staging_bytes) for _ in range(plan.staging_count)]
     pinned = {n: pool.take(variant.slices[n].weight_bytes) for n in sorted(plan.pinned)}
     ring = [pool.take(plan.slot_bytes) for _ in range(plan.ring_slots)]
     store = WeightStore(package, variant, pinned, ring, stagings)
     store.load_pinned()
-    set_workspace_arena(plan.workspace_bytes)
+    set_workspace_arena(plan.workspace_bytes + plan.session_bytes)
+    constants: dict[str, Array] = {}
+    if frozen is not None:
+        variant, details, constants = _freeze(variant, details, pinned[0])
     graphs = {
         section: package.read_section(section)
         for section in sorted({facts.graph for facts in variant.slices})
@@ -227,7 +258,10 @@ def prepare_model(
         Lane(
             number,
             pool.take(plan.activation_bytes),
-            {s: open_slice_session(graph, intra_op_threads) for s, graph in graphs.items()},
+            {
+                section: open_slice_session(graph, intra_op_threads, constants)
+                for section, graph in graphs.items()
+            },
         )
         for number in range(threads)
     ]
@@ -238,7 +272,6 @@ def prepare_model(
     model = Model(
         digest=package.package.model_digest,
         name=manifest.name,
-        batchable=manifest.batchable,
         variant=variant,
         details=details,
         plan=plan,
@@ -256,8 +289,9 @@ def prepare_model(
 def _try_out(model: Model) -> None:
     """Run every distinct graph once at the largest batch, on whatever is in memory.
 
-    The workspace was measured where the model was sealed. Should kernels here need more, this is
-    where it shows, before the first request and not during one.
+    The workspace was measured where the model was sealed, at batch 1 and 2, and extended to larger
+    batches. Should kernels here need more, this is where it shows, before the first request and not
+    during one.
     """
     inputs = model.input_slots[0] if model.input_slots else []
     for lane in model.lanes:
@@ -274,7 +308,7 @@ def _try_out(model: Model) -> None:
                 if "Available memory" in str(error):
                     raise BudgetError(
                         f"slice {number} of {model.name!r} needs more than the "
-                        f"{model.plan.workspace_bytes} bytes of workspace measured for batch "
+                        f"{model.plan.workspace_bytes} bytes of workspace planned for batch "
                         f"{model.plan.max_batch}; seal the model on a machine like this one"
                     ) from None
                 # Anything else may be the data's fault, which is none: an index, say.

@@ -4,16 +4,23 @@
 
     budget = pinned weights + ring slots + activations + inputs that wait + workspace + staging
 
+The budget covers that and no more. Beside it lie: frames with sealed rows on their way in and out
+(our host sends a batch ahead for each compute thread, and one more), the decrypted graphs and ONNX
+Runtime's sessions of them, and the interpreter with its libraries. What the process takes in all is
+measured from outside (docs/howto/choose-a-budget.md).
+
 Everything is decided before the first request: what does not fit is refused here, with the slice
 and the bytes, and never runs out of memory later.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from lasagna.enclave.pool import aligned
 from lasagna.errors import BudgetError
 from lasagna.package.format import (
     CHUNK_BYTES,
@@ -24,7 +31,6 @@ from lasagna.package.format import (
 )
 from lasagna.units import MIB, format_bytes
 
-ALIGNMENT: Final = 64
 RING_SLOTS: Final = 3
 """One slot in use, one ready, one being filled. Beside pinned slices more do not pay: look-ahead
 costs pins."""
@@ -52,6 +58,7 @@ class Plan:
         staging_count: how many threads decrypt.
         weight_bytes: of all slices.
         pinned_bytes: of the pinned ones.
+        session_bytes: weights inside the sessions of a frozen whole, for all threads; 0 otherwise.
         total_bytes: of everything; at most the budget.
     """
 
@@ -67,6 +74,7 @@ class Plan:
     staging_count: int
     weight_bytes: int
     pinned_bytes: int
+    session_bytes: int
     total_bytes: int
 
 
@@ -82,7 +90,14 @@ def make_plan(
     """Choose batch, pinned slices and ring for a budget.
 
     More batch costs activations, which pinned weights then lack. So the batch is the largest that
-    leaves all weights pinned, or else takes no more than a third of the budget.
+    leaves all weights pinned, or else takes no more than a third of the budget, so that most of it
+    is for weights (the share was chosen, not derived).
+
+    All that is tried first with inputs *apart*, in slots of their own, so that the next request is
+    opened while this one computes; then without, which takes less. Apart is not worth it at any
+    price: where batch 1 with slots exceeds the third, a plan without them follows. That last
+    attempt, batch 1 with inputs opened into the activations, is held to no third: it is the
+    smallest there is, so either it fits or nothing does.
 
     Args:
         variant: the public facts of the variant that will run.
@@ -95,15 +110,16 @@ def make_plan(
     Raises:
         BudgetError: even batch 1 with one ring slot does not fit.
     """
-    weights = sum(_aligned(facts.weight_bytes) for facts in variant.slices)
+    weights = sum(aligned(facts.weight_bytes) for facts in variant.slices)
     batches = sorted({b for b in (1, 2, 4, 8, 16, 32, 64, 128) if b < max_batch} | {max_batch})
     for apart in (True, False):
         for batch in reversed(batches):
             fixed = _Fixed.of(variant, threads, batch, apart)
             if pin and fixed.total + weights <= budget:
                 return _plan(variant, fixed, frozenset(range(len(variant.slices))), 0, 0)
-            lean = fixed.total <= budget // 3 if apart else batch == 1 or fixed.total <= budget // 3
-            plan = _stream(variant, fixed, budget, pin) if lean else None
+            lean = fixed.total <= budget // 3
+            smallest = batch == 1 and not apart
+            plan = _stream(variant, fixed, budget, pin) if lean or smallest else None
             if plan is not None:
                 return plan
     raise BudgetError(_shortage(variant, budget, threads, name))
@@ -126,14 +142,14 @@ class _Fixed:
     def of(variant: Variant, threads: int, batch: int, apart: bool) -> _Fixed:
         activations = variant.places.size * batch
         input_slots = threads + 1 if apart else 0
-        row = [_aligned(variant.tensor_bytes[n] * batch) for n in variant.inputs]
+        row = [aligned(variant.tensor_bytes[n] * batch) for n in variant.inputs]
         input_slot = sum(row) if apart else 0
         workspace = max(workspace_at(facts, batch) for facts in variant.slices) * threads
         if threads > 1:
             workspace = int(workspace * SHARED_ARENA_MARGIN)
-        workspace = _aligned(workspace)
+        workspace = aligned(workspace)
         largest = max(facts.weight_bytes for facts in variant.slices)
-        staging = _aligned(min(CHUNK_BYTES, largest) + TAG_BYTES)
+        staging = aligned(min(CHUNK_BYTES, largest) + TAG_BYTES)
         total = threads * activations + input_slots * input_slot + workspace
         total += (threads + 1) * staging
         return _Fixed(
@@ -150,11 +166,11 @@ class _Fixed:
 
 def _stream(variant: Variant, fixed: _Fixed, budget: int, pin: bool) -> Plan | None:
     """Spend what is left on a ring and pinned slices, or say that it is too little."""
-    slot = max(_aligned(facts.weight_bytes) for facts in variant.slices)
+    slot = max(aligned(facts.weight_bytes) for facts in variant.slices)
     room = budget - fixed.total
     if room < slot:
         return None
-    # With little room, pins do more than a third slot.
+    # The ring gets a third of the room at most: with little of it, pins do more than a third slot.
     most = max(1, room // 3 // slot) if pin else room // slot
     slots = min(RING_SLOTS if pin else STREAMING_SLOTS, most, len(variant.slices))
     if slots == 1 and room >= 2 * slot:
@@ -163,12 +179,12 @@ def _stream(variant: Variant, fixed: _Fixed, budget: int, pin: bool) -> Plan | N
         return _plan(variant, fixed, frozenset(), slots, slot)
     pinned = choose_pinned(variant.slices, room - slots * slot, slots * slot)
     streamed = [f for n, f in enumerate(variant.slices) if n not in pinned]
-    slot = max(_aligned(facts.weight_bytes) for facts in streamed)
+    slot = max(aligned(facts.weight_bytes) for facts in streamed)
     return _plan(variant, fixed, pinned, min(slots, len(streamed)), slot)
 
 
 def _plan(variant: Variant, fixed: _Fixed, pinned: frozenset[int], slots: int, slot: int) -> Plan:
-    pinned_bytes = sum(_aligned(variant.slices[n].weight_bytes) for n in pinned)
+    pinned_bytes = sum(aligned(variant.slices[n].weight_bytes) for n in pinned)
     return Plan(
         max_batch=fixed.batch,
         pinned=pinned,
@@ -182,6 +198,7 @@ def _plan(variant: Variant, fixed: _Fixed, pinned: frozenset[int], slots: int, s
         staging_count=fixed.staging_count,
         weight_bytes=variant.weight_bytes,
         pinned_bytes=pinned_bytes,
+        session_bytes=0,
         total_bytes=fixed.total + pinned_bytes + slots * slot,
     )
 
@@ -203,7 +220,7 @@ def choose_pinned(slices: Sequence[SliceFacts], room: int, ring: int) -> frozens
     Returns:
         Numbers of the slices to pin; their aligned weights take at most ``room`` bytes.
     """
-    sizes = [_aligned(facts.weight_bytes) for facts in slices]
+    sizes = [aligned(facts.weight_bytes) for facts in slices]
     times = [
         facts.compute_s[0] if facts.compute_s else float(facts.weight_bytes) for facts in slices
     ]
@@ -239,8 +256,27 @@ def _pins(sizes: Sequence[int], times: Sequence[float], rate: float, ring: int) 
     return pins
 
 
+def freeze_plan(plan: Plan, threads: int, budget: int) -> Plan | None:
+    """The plan with every session's weights inside it, if the budget has room for that.
+
+    ONNX Runtime copies constant weights, and what it packs for its kernels it holds once more while
+    it opens a session; which are packed is its own affair. So there must be room for two copies in
+    each thread's session, beside the decrypted weights that they are made from.
+
+    Args:
+        plan: of the whole, with all of it pinned.
+        threads: compute threads, each with a session of its own.
+        budget: bytes.
+    """
+    copies = 2 * threads * plan.pinned_bytes
+    total = plan.total_bytes + copies
+    if plan.ring_slots or total > budget:
+        return None
+    return dataclasses.replace(plan, session_bytes=copies, total_bytes=total)
+
+
 def workspace_at(facts: SliceFacts, batch: int) -> int:
-    """Bytes of workspace for a batch size, from those that were measured."""
+    """Bytes of workspace for a batch size: between those of the package, or extended from them."""
     for measured, size in zip(PROFILE_BATCHES, facts.workspace, strict=True):
         if batch <= measured:
             return size
@@ -249,17 +285,13 @@ def workspace_at(facts: SliceFacts, batch: int) -> int:
     return last + max(0, per_row) * (batch - PROFILE_BATCHES[-1])
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _shortage(variant: Variant, budget: int, threads: int, name: str) -> str:
     fixed = _Fixed.of(variant, threads, 1, apart=False)
     numbers = range(len(variant.slices))
     heavy = max(numbers, key=lambda n: variant.slices[n].weight_bytes)
     wide = max(numbers, key=lambda n: _live_bytes(variant, n))
     busy = max(numbers, key=lambda n: workspace_at(variant.slices[n], 1))
-    slot = _aligned(variant.slices[heavy].weight_bytes)
+    slot = aligned(variant.slices[heavy].weight_bytes)
     need = fixed.total + slot
     each = f"{threads} x " if threads > 1 else ""
     return (

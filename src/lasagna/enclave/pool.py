@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from typing import Final
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lasagna.errors import BudgetError
+from lasagna.package.format import WEIGHT_ALIGNMENT
 
-ALIGNMENT: Final = 64
+Memory: TypeAlias = NDArray[np.uint8]
+"""Bytes of the enclave's own."""
 
 
 class Pool:
@@ -18,7 +21,9 @@ class Pool:
 
     Attributes:
         size: bytes in all.
-        high_water: most bytes ever handed out at once.
+        high_water: most bytes ever handed out at once. Pieces are never given back, so once the
+            model is loaded this is what the plan reserved. It is not what is resident: a page is
+            when it was first written, and ONNX Runtime's arena lies elsewhere.
     """
 
     def __init__(self, size: int) -> None:
@@ -29,16 +34,17 @@ class Pool:
         region = mmap.mmap(
             -1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         )
-        region.madvise(mmap.MADV_HUGEPAGE)  # weights are read end to end: fewer TLB misses
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            region.madvise(mmap.MADV_HUGEPAGE)  # weights are read end to end: fewer TLB misses
         self._memory = np.frombuffer(region, dtype=np.uint8)
 
-    def take(self, size: int) -> NDArray[np.uint8]:
+    def take(self, size: int) -> Memory:
         """The next ``size`` bytes, aligned to a cache line.
 
         Raises:
             BudgetError: the plan was wrong; the pool has less than that left.
         """
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        start = aligned(self._used)
         if start + size > self.size:
             raise BudgetError(
                 f"the pool of {self.size} bytes has {self.size - start} left, not {size}"
@@ -48,6 +54,11 @@ class Pool:
         return self._memory[start : start + size]
 
 
-def address(memory: NDArray[np.uint8]) -> int:
+def aligned(size: int) -> int:
+    """The size, rounded up to whole cache lines."""
+    return -(-size // WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+
+
+def address(memory: Memory) -> int:
     """Where a piece of memory begins, for binding tensors to it."""
     return int(memory.ctypes.data)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lasagna.enclave.messages import InferResult, SealedRows
+from lasagna.enclave.pool import Memory
 from lasagna.errors import RecordError
 from lasagna.package.format import TensorSpec
 from lasagna.trust.keys import Direction, ServiceKeys
 from lasagna.trust.records import RecordContext, open_record_into, seal_record
 from lasagna.trust.request import EnclaveRequestKeys, RequestScope, open_capsule
-
-Memory = NDArray[np.uint8]
 
 
 class OpenRequest:
@@ -61,11 +57,11 @@ class OpenRequest:
             raise RecordError(f"{len(self._records)} tensors were sent, {len(specs)} are needed")
         self.first_row = first_row
         key = self._keys.activation if cut else self._keys.input
-        for spec, place, records in zip(specs, places, self._records, strict=True):
+        for index, records in enumerate(self._records):
+            spec, place = specs[index], places[index]
             if len(records) != self.rows:
-                raise RecordError(
-                    f"tensor {spec.name!r} has {len(records)} records for {self.rows} rows"
-                )
+                which = f"tensor {index} at cut {cut}" if cut else f"input {spec.name!r}"
+                raise RecordError(f"{which} has {len(records)} records for {self.rows} rows")
             context = self._context(spec, Direction.ACTIVATION if cut else Direction.INPUT, cut)
             size = spec.row_bytes
             for row, record in enumerate(records):
@@ -99,13 +95,11 @@ class OpenRequest:
 
     def _context(self, spec: TensorSpec, direction: Direction, cut: int) -> RecordContext:
         inner = direction is Direction.ACTIVATION
-        return RecordContext(
-            scope=self._scope,
-            direction=direction,
-            tensor=spec.name,
-            dtype=spec.dtype,
-            row_shape=spec.row_shape,
-            rows=self.rows,
+        return RecordContext.of(
+            self._scope,
+            direction,
+            spec,
+            self.rows,
             variant=self._variant if inner else "",
             boundary=cut if inner else 0,
         )

@@ -17,8 +17,8 @@ from pathlib import Path
 from lasagna.enclave import messages as m
 from lasagna.enclave.executor import Job, run_job
 from lasagna.enclave.model import Lane, Model, prepare_model
-from lasagna.enclave.pool import Pool
-from lasagna.enclave.records import Memory, OpenRequest
+from lasagna.enclave.pool import Memory, Pool
+from lasagna.enclave.records import OpenRequest
 from lasagna.enclave.sessions import native_block
 from lasagna.errors import (
     EnclaveError,
@@ -240,8 +240,9 @@ class Enclave:
             self._send(reply)
 
     def _run(self, model: Model, lane: Lane, job: Job) -> m.Inferred:
+        start = time.perf_counter()
+        job.wait_s = start - job.queued_at
         if not job.opened:
-            start = time.perf_counter()
             places = lane.places(model, job.inputs, model.boundary(job.first))
             self._open(model, job, places)
             job.open_s += time.perf_counter() - start
@@ -272,7 +273,7 @@ class Enclave:
                 loaded_bytes=loads.loaded_bytes if loads else 0,
                 load_s=loads.load_s if loads else 0.0,
                 compute_s=self._compute_s,
-                stall_s=loads.stall_s if loads else 0.0,
+                stall_s=sum(model.store.stall_s) if model else 0.0,
                 open_s=self._open_s,
                 seal_s=self._seal_s,
             )
@@ -333,6 +334,7 @@ def _facts(model: Model) -> m.PlanFacts:
         input_bytes=plan.input_slots * plan.input_slot_bytes,
         staging_bytes=plan.staging_bytes * plan.staging_count,
         workspace_bytes=plan.workspace_bytes,
+        session_bytes=plan.session_bytes,
         max_batch=plan.max_batch,
         sessions=model.session_count,
         total_bytes=plan.total_bytes,

@@ -6,10 +6,12 @@ One place, because the measurement is only worth something if both open it alike
 from __future__ import annotations
 
 import base64
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from lasagna.errors import PackageError
 
@@ -57,12 +59,16 @@ def set_workspace_arena(size: int) -> None:
     ort.create_and_register_allocator(info, arena)
 
 
-def open_slice_session(model: bytes, threads: int) -> ort.InferenceSession:
+def open_slice_session(
+    model: bytes, threads: int, constants: Mapping[str, NDArray[Any]] | None = None
+) -> ort.InferenceSession:
     """A session of a slice's graph as it stands, in the shared workspace arena.
 
     Args:
         model: the slice's serialised graph.
         threads: intra-op threads; with 1 the session starts none.
+        constants: values of a frozen graph's weights. The session copies them into the
+            arena, packed for its kernels where that helps.
 
     Raises:
         PackageError: ONNX Runtime does not accept the graph.
@@ -75,8 +81,12 @@ def open_slice_session(model: bytes, threads: int) -> ort.InferenceSession:
     options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if constants:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
+        options.add_external_initializers(list(constants), values)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-        reason = str(error).splitlines()[0]
-        raise PackageError(f"a slice's graph does not open: {reason}") from None
+        # Its message quotes the graph, which is encrypted in the package.
+        kind = type(error).__name__
+        raise PackageError(f"ONNX Runtime does not accept a slice's graph ({kind})") from None

@@ -14,19 +14,31 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
+from lasagna.enclave.pool import Memory
 from lasagna.errors import PackageError
 from lasagna.package.format import Variant, weight_chunks
 from lasagna.package.reader import OpenPackage
 
-Memory = NDArray[np.uint8]
-
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A piece of the ring. It holds one slice, or is being filled with it, or is free (-1)."""
+    """A piece of the ring, in one of these states.
+
+    ==========  =====  =======  ==========  =====  ==============================================
+    state       holds  missing  next_chunk  error  leaves it
+    ==========  =====  =======  ==========  =====  ==============================================
+    free        -1     0        0                  ``_claim``: to filling
+    filling     slice  > 0      < chunks           ``_take_chunk`` of the last one: to finishing
+    finishing   slice  > 0      chunks             ``_fill`` of the last one: to ready
+    ready       slice  0        chunks             ``_claim`` for another slice, if without users
+    broken      slice  >= 0     chunks      set    ``release`` by who was told, or ``_claim``
+    ==========  =====  =======  ==========  =====  ==============================================
+
+    ``missing`` counts chunks that are not decrypted, ``users`` threads between acquire and release.
+    From filling or finishing, a chunk that does not open leads to broken. A slot stays broken until
+    somebody needs its slice and is told; were it freed at once, the loader would try it again and
+    again.
+    """
 
     memory: Memory
     holds: int = -1
@@ -42,12 +54,11 @@ class _Slot:
 
 @dataclass(slots=True)
 class LoadCounters:
-    """What loading has cost so far: slices, bytes, and seconds of all threads together."""
+    """What loading has cost so far: slices, bytes, and seconds of all threads that decrypt."""
 
     loads: int = 0
     loaded_bytes: int = 0
     load_s: float = 0.0
-    stall_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -61,6 +72,8 @@ class WeightStore:
         ring: memory of the slots.
         stagings: ciphertext memory, one piece for the loader and one for every compute thread.
         counters: for statistics.
+        stall_s: seconds that each compute thread has spent in ``acquire`` over slices that were
+            not there, decrypting with the loader or waiting for it.
     """
 
     package: OpenPackage
@@ -69,6 +82,7 @@ class WeightStore:
     ring: Sequence[Memory]
     stagings: Sequence[Memory]
     counters: LoadCounters = field(default_factory=LoadCounters)
+    stall_s: list[float] = field(init=False)
     _slots: list[_Slot] = field(init=False)
     _where: dict[int, _Slot] = field(default_factory=dict)
     _filling: list[_Slot] = field(default_factory=list)
@@ -82,6 +96,7 @@ class WeightStore:
 
     def __post_init__(self) -> None:
         """Everything is absent until ``load_pinned`` and the loader have run."""
+        self.stall_s = [0.0] * (len(self.stagings) - 1)
         self._slots = [_Slot(memory) for memory in self.ring]
         numbers = range(len(self.variant.slices))
         manifest = self.package.manifest
@@ -140,8 +155,8 @@ class WeightStore:
         except PackageError:
             self.release(thread, number)
             raise
-        with self._changed:
-            self.counters.stall_s += time.perf_counter() - start
+        finally:
+            self.stall_s[thread] += time.perf_counter() - start
         return slot.memory
 
     def release(self, thread: int, number: int) -> None:
@@ -152,7 +167,8 @@ class WeightStore:
             slot = self._where[number]
             slot.users -= 1
             self._at[thread] = (number + 1) % len(self.variant.slices)
-            self._forget_broken(slot)
+            if slot.error is not None and not slot.users and not slot.missing:
+                self._empty(slot)  # who needed it has been told; the next one may try again
             if self._loader_waits or len(self._at) > 1:  # else nobody waits for a slot
                 self._changed.notify_all()
 
@@ -183,13 +199,13 @@ class WeightStore:
         """Decrypt what is left of a slice, then wait for the chunks that others have taken."""
         while True:
             with self._changed:
-                while not slot.ready and slot.error is None and not self._left(slot):
+                while slot.missing and not self._left(slot):
                     if self._closed:
                         raise PackageError("the enclave is stopping")
                     self._changed.wait()
                 if slot.error is not None:
-                    raise slot.error
-                if slot.ready:
+                    raise slot.error.again()
+                if not slot.missing:
                     return
                 chunk = self._take_chunk(slot)
             self._fill(slot, number, chunk, staging)
@@ -223,9 +239,9 @@ class WeightStore:
     def _claim(self, number: int, *, urgent: bool) -> _Slot | None:
         """The slot for an absent slice, or nothing while that is needed otherwise.
 
-        Every slice has a slot of its own, in turn: at the same address every time, its graph is
-        bound to it once. Only who needs the slice now, and finds the slot in use by another thread,
-        takes any that is free.
+        Streamed slices get the slots in turn, each always the same one, which it shares with those
+        that come a ring later: at the same address every time, its graph is bound to it once. Only
+        who needs the slice now, and finds the slot in use by another thread, takes any that is not.
         """
         own = self._slots[self._first_streamed[number] % len(self._slots)]
         for slot in (own, *self._slots) if urgent else (own,):
@@ -282,13 +298,7 @@ class WeightStore:
             if slot.missing == 0:
                 if slot.error is None:
                     self._count(number)
-                self._forget_broken(slot)
                 self._changed.notify_all()
-
-    def _forget_broken(self, slot: _Slot) -> None:
-        """Free a slot whose slice did not open, once nobody fills or uses it any more."""
-        if slot.error is not None and slot.users == 0 and slot.missing == 0:
-            self._empty(slot)
 
     def _decrypt(self, number: int, chunk: int, memory: Memory, staging: Memory) -> None:
         section, index, begin, end = self._chunks[number][chunk]

@@ -62,12 +62,15 @@ class GatewayLimits:
     Attributes:
         body_bytes: of any request; a model's own limit is usually lower.
         requests: answered at once; more are refused.
+        uploads: requests whose bodies arrive at once; more are refused. A slow one costs a place
+            here and none among ``requests``.
         body_timeout_s: for a request's body to arrive.
         answer_timeout_s: for its answer; a request's own ``timeout`` can only shorten it.
     """
 
     body_bytes: int = 256 * MIB
     requests: int = 128
+    uploads: int = 512
     body_timeout_s: float = 60.0
     answer_timeout_s: float = 60.0
 
@@ -88,6 +91,7 @@ class Gateway:
         self._models = models
         self._limits = limits
         self._running = 0
+        self._uploading = 0
 
     def routes(self) -> list[Route]:
         """The routes, each below a model also with its version."""
@@ -157,20 +161,35 @@ class Gateway:
         return _json(call.request, model_statistics(statistics))
 
     async def _infer(self, call: _Call) -> Response:
+        self._require_place()  # or all of a body would be sent in vain
+        body = await self._body(call)
+        self._require_place()
+        self._running += 1
+        try:
+            return await self._answer(call, body)
+        finally:
+            self._running -= 1
+
+    def _require_place(self) -> None:
         if self._running >= self._limits.requests:
             raise OverloadedError(
                 f"{self._running} requests are being answered, which is the limit", _BUSY_RETRY_S
             )
-        self._running += 1
-        try:
-            return await self._answer(call)
-        finally:
-            self._running -= 1
 
-    async def _answer(self, call: _Call) -> Response:
+    async def _body(self, call: _Call) -> bytes:
+        if self._uploading >= self._limits.uploads:
+            raise OverloadedError(
+                f"{self._uploading} requests are being received, which is the limit", _BUSY_RETRY_S
+            )
+        self._uploading += 1
+        try:
+            limit = min(self._limits.body_bytes, body_limit(call.model.facts))
+            return await read_body(call.request, limit, self._limits.body_timeout_s)
+        finally:
+            self._uploading -= 1
+
+    async def _answer(self, call: _Call, body: bytes) -> Response:
         model, facts = call.model, call.model.facts
-        limit = min(self._limits.body_bytes, body_limit(facts))
-        body = await read_body(call.request, limit, self._limits.body_timeout_s)
         request = _parsed(call.request, body, facts)
         rows = sealed_rows(request, facts)
         check_outputs(request, facts)
@@ -187,7 +206,7 @@ class Gateway:
         limit = self._limits.answer_timeout_s
         if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
             return limit
-        return min(limit, wish / 1e6)
+        return wish / 1e6 if wish < limit * 1e6 else limit  # JSON's integers can exceed a float
 
     def _about_a_model(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:

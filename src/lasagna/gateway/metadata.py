@@ -9,8 +9,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta
 
-from lasagna.enclave.messages import PlanFacts
-from lasagna.package.format import TensorSpec
+from lasagna.package.format import DTYPES, TensorSpec
 from lasagna.server.served import ServedModel, Statistics
 
 VERSION: Final = "1"
@@ -18,21 +17,8 @@ VERSION: Final = "1"
 EXTENSIONS: Final = ("binary_tensor_data", "parameters", "lasagna_sealed")
 PLATFORM: Final = "lasagna"
 
-DATATYPES: Final = {
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "uint16": "UINT16",
-    "uint32": "UINT32",
-    "uint64": "UINT64",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-}
-"""OIP's names of the element types, by NumPy's."""
+DATATYPES: Final = {name: name.upper().replace("FLOAT", "FP") for name in DTYPES}
+"""OIP's names of the element types, such as FP32, by NumPy's."""
 
 _Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Name = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -77,7 +63,8 @@ class SealedFacts(msgspec.Struct, frozen=True):
         outputs: in order.
         max_rows: of one request.
         batchable: whether there may be more than one.
-        plan: how the model was fitted into the enclave; null before it was loaded.
+        plan: how the model was fitted into the enclave, for people: fields come and go. Null
+            before it was loaded.
         protocol: version of what the parameters and tensors of a sealed request are.
     """
 
@@ -87,7 +74,7 @@ class SealedFacts(msgspec.Struct, frozen=True):
     outputs: Annotated[tuple[SealedTensor, ...], Meta(min_length=1, max_length=_MAX_TENSORS)]
     max_rows: Annotated[int, Meta(ge=1, le=4096)]
     batchable: bool
-    plan: PlanFacts | None = None
+    plan: dict[str, Any] | None = None
     protocol: Literal[1] = 1
 
 
@@ -127,7 +114,7 @@ def model_metadata(model: ServedModel) -> ModelMetadata:
             outputs=tuple(_sealed(spec) for spec in facts.outputs),
             max_rows=facts.max_rows,
             batchable=facts.batchable,
-            plan=facts.plan,
+            plan=None if facts.plan is None else msgspec.to_builtins(facts.plan),
         ),
     )
 
@@ -140,8 +127,11 @@ def model_statistics(statistics: Statistics) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.to_builtins(statistics.counters)
     for ours in ("id", "type"):
         found.pop(ours, None)
-    plan = msgspec.to_builtins(statistics.plan)
-    return found | {"budget_bytes": statistics.budget_bytes, "plan": plan}
+    return found | {
+        "budget_bytes": statistics.budget_bytes,
+        "plan": msgspec.to_builtins(statistics.plan),
+        "process_peak_bytes": statistics.process_peak_bytes,
+    }
 
 
 def _plain(spec: TensorSpec, batchable: bool) -> TensorMetadata:

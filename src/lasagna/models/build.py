@@ -111,7 +111,7 @@ def build_variant(
     if any(node.op_type == "LRN" for node in graph.nodes):
         graph = split_bands(graph, shapes_of(graph))
     total = sum(array.nbytes for array in graph.weights.values())
-    limit = limits.slice_bytes or min(8 * MIB, max(MIB // 2, total // 32))
+    limit = limits.slice_bytes or slice_limit(total)
     if limit < SMALLEST_SLICE:
         raise UsageError(f"slices of {limit} bytes of weights are too small; try 1MiB")
     graph = tile_graph(graph, limit, compiled.block)
@@ -146,6 +146,20 @@ def build_variant(
         order=tuple(order),
         difference=difference,
     )
+
+
+def slice_limit(total: int) -> int:
+    """Weights that a slice may have when the owner does not say.
+
+    Every slice costs a call and every streamed one a turn of the loader, about 50 us each; so few
+    are wanted. The ring holds two or three, which should stay a small part of the model; so many
+    are wanted. A sixteenth is between the two (docs/experiments/0002-streaming.md); for a model of
+    a few megabytes the calls weigh more, and it is up to an eighth.
+
+    Args:
+        total: bytes of the model's weights.
+    """
+    return min(16 * MIB, max(total // 16, min(2 * MIB, total // 8), SMALLEST_SLICE))
 
 
 def _self_check(reference: Reference, slices: Sequence[Slice]) -> float:

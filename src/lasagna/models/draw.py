@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from lasagna.enclave.plan import live_at_cut
 from lasagna.errors import UsageError
 from lasagna.package.format import PROFILE_BATCHES, SliceDetails, Variant
 from lasagna.units import format_bytes
@@ -66,20 +67,9 @@ def crossing_bytes(variant: Variant) -> tuple[int, ...]:
 
     The places are before the first slice, between every two, and behind the last.
     """
-    end = len(variant.slices)
-    made = dict.fromkeys(variant.inputs, -1)
-    last_use: dict[int, int] = {}
-    for number, facts in enumerate(variant.slices):
-        last_use.update(dict.fromkeys(facts.inputs, number))
-        made.update(dict.fromkeys(facts.outputs, number))
-    last_use.update(dict.fromkeys(variant.outputs, end))
     return tuple(
-        sum(
-            variant.tensor_bytes[tensor]
-            for tensor, maker in made.items()
-            if maker < place <= last_use.get(tensor, -1)
-        )
-        for place in range(end + 1)
+        sum(variant.tensor_bytes[tensor] for tensor in live_at_cut(variant, place))
+        for place in range(len(variant.slices) + 1)
     )
 
 

@@ -31,7 +31,12 @@ TIMING_BUDGET_S: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What ``SliceFacts`` says of a slice: bytes and seconds for each of ``PROFILE_BATCHES``."""
+    """What ``SliceFacts`` says of a slice: bytes and seconds for each of ``PROFILE_BATCHES``.
+
+    Seconds are measured at each; bytes at batch 1 and 2, and extended in a straight line, since
+    every size of the arena that is tried takes a session and two runs. Loading tries the largest
+    batch.
+    """
 
     workspace: tuple[int, ...]
     compute_s: tuple[float, ...]

@@ -18,7 +18,7 @@ from lasagna.models.build import Built, Limits, Progress, build_variant
 from lasagna.models.graph import Array
 from lasagna.models.profile import Profile
 from lasagna.models.shapes import TensorInfo
-from lasagna.models.slices import Slice, join_weights, write_weights
+from lasagna.models.slices import Slice, freeze, join_weights, write_weights
 from lasagna.models.source import Source
 from lasagna.package.format import (
     CHUNK_BYTES,
@@ -41,6 +41,7 @@ from lasagna.package.format import (
 from lasagna.package.parse import parse_details, parse_manifest
 from lasagna.trust.keys import ContentKey, SecretKey
 from lasagna.trust.model_keys import ModelKeys
+from lasagna.trust.records import MAX_NAME_BYTES
 from lasagna.trust.signing import sign_manifest
 
 
@@ -49,8 +50,8 @@ class SealOptions:
     """How to seal.
 
     Attributes:
-        slice_bytes: target and limit of a slice's weights, tiles included; None chooses 1/32 of
-            the model, between 512 KiB and 8 MiB.
+        slice_bytes: target and limit of a slice's weights, tiles included; None chooses, see
+            ``build.slice_limit``.
         memory_bytes: intermediate results a slice may hold inside at batch 1; None chooses a
             quarter of what the neediest layer holds, at least 1 MiB.
         profile: measure compute times (workspace is measured either way).
@@ -245,7 +246,7 @@ def _variant(built: Built, source: Source, sections: _Sections, progress: Progre
         tuple(section for one in slices for section in one.weights),
         sum(one.weight_bytes for one in slices),
     )
-    specs = tuple(built.tensors[name].spec for name in built.order)
+    specs = tuple(_sealable(built.tensors[name].spec) for name in built.order)
     details = Details(specs, tuple(piece.details for piece in built.slices), whole_details)
     reference = source.references[0]
     inputs = tuple(number[name] for name in reference.inputs)
@@ -262,7 +263,17 @@ def _variant(built: Built, source: Source, sections: _Sections, progress: Progre
         places=arrange(sizes, lifetimes(inputs, outputs, slices)),
         whole=whole,
         whole_places=arrange(sizes, lifetimes(inputs, outputs, [whole])),
+        frozen=sections.add(freeze(built.whole)),
     )
+
+
+def _sealable(spec: TensorSpec) -> TensorSpec:
+    """With a name that records take: inside the network it only has to be one of a kind."""
+    name = spec.name.encode()
+    if len(name) <= MAX_NAME_BYTES:
+        return spec
+    begin = name[: MAX_NAME_BYTES // 2].decode(errors="ignore")
+    return TensorSpec(f"{begin}~{hashlib.sha256(name).hexdigest()}", spec.dtype, spec.row_shape)
 
 
 def _spec(tensors: Mapping[str, TensorInfo], name: str, array: Array) -> TensorSpec:

@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from lasagna.errors import ModelError
+from lasagna.errors import ModelError, RecordError
 from lasagna.models.graph import Array, Graph, contiguous
 from lasagna.package.format import DTYPES, TensorSpec
+from lasagna.trust.records import row_bytes
 
 ROW_TOLERANCE: Final = 1e-3
 """Relative difference allowed between a row alone and in a batch: kernels may sum in another
@@ -31,7 +32,7 @@ class TensorInfo:
     Attributes:
         spec: its name, element type and shape at batch 1.
         separable: whether its leading dimension is the rows', so that rows can be moved between
-            batches. A cut never crosses a tensor that is not.
+            batches, and each of them fits a record. A cut never crosses a tensor that is not.
     """
 
     spec: TensorSpec
@@ -70,11 +71,19 @@ def measure_shapes(
             name, value.dtype.name if separable else "uint8", value.shape if separable else (1,)
         )
         # Shapes that follow the data can't be planned for.
-        separable = separable and value.shape == second[name].shape
+        separable = separable and value.shape == second[name].shape and _fits_records(spec)
         if batchable and separable:
             separable = _is_stacked(both[name], value, second[name])
         found[name] = TensorInfo(spec, separable)
     return found
+
+
+def _fits_records(spec: TensorSpec) -> bool:
+    try:
+        row_bytes(spec.dtype, spec.row_shape)
+    except RecordError:
+        return False
+    return True
 
 
 def _is_stacked(both: Array, first: Array, second: Array) -> bool:

@@ -113,6 +113,29 @@ def _make_slice(
     return Slice(encoded, details, arrays, weights, inputs, outputs, position)
 
 
+def freeze(piece: Slice) -> bytes:
+    """The slice's graph with its weights as constants, whose values are told apart from it.
+
+    ONNX Runtime packs constant weights for its kernels, which inputs can't be. Whoever opens this
+    graph gives the values by name (``add_external_initializers``); the file that they claim to be
+    in does not exist.
+    """
+    model = onnx.load_from_string(piece.model)
+    graph = model.graph
+    values = {spec.name: spec for spec in piece.details.weights}
+    kept = [value for value in graph.input if value.name not in values]
+    del graph.input[:]
+    graph.input.extend(kept)
+    for name, spec in values.items():
+        tensor = graph.initializer.add(name=name, dims=spec.shape)
+        tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "sealed"), ("offset", "0"), ("length", str(spec.size))):
+            tensor.external_data.add(key=key, value=value)
+    encoded: bytes = model.SerializeToString(deterministic=True)
+    return encoded
+
+
 def join_weights(whole: Slice, slices: Sequence[Slice]) -> SliceDetails:
     """How to bind the whole model to the weights of its slices, laid one behind the other."""
     places: dict[str, int] = {}

@@ -24,13 +24,14 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from lasagna.trust import records, signing
 from lasagna.units import MIB
 
 MAGIC: Final = b"LASAGNA\0"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<8sII")
-SIGNATURE_BYTES: Final = 64
-TAG_BYTES: Final = 16
+SIGNATURE_BYTES: Final = signing.SIGNATURE_BYTES
+TAG_BYTES: Final = records.TAG_BYTES
 CHUNK_BYTES: Final = MIB
 """Plaintext bytes of a chunk: 3.4-3.7 GB/s a core at 1 MiB, 1.9 at 4 KiB (DESIGN.md, fact 4)."""
 MAX_MANIFEST_BYTES: Final = 16 * MIB
@@ -39,15 +40,13 @@ WEIGHT_ALIGNMENT: Final = 64
 PROFILE_BATCHES: Final = (1, 2, 4, 8)
 PORTABLE: Final = "portable"
 MAX_NAME: Final = 1024
-"""Characters of a tensor's or layer's name."""
+"""Characters of a layer's name or a weight's; tensors have the limit of records."""
 MAX_MODEL_NAME: Final = 256
 
 DTYPES: Final[dict[str, np.dtype[np.generic]]] = {
-    name: np.dtype(name)
-    for name in (
-        "float32 float64 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
-    )
+    name: np.dtype(name) for name in records.ITEM_BYTES
 }
+"""Element types, by their names."""
 
 _Index = Annotated[int, Meta(ge=0, le=2**20)]
 _Count = Annotated[int, Meta(ge=0, le=2**48)]
@@ -61,9 +60,13 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class TensorSpec(_Record, frozen=True):
-    """A named tensor; ``row_shape`` is its shape at batch 1, the leading dimension included.
+    """A named tensor, by the shape of one of its rows.
 
-    With n rows the leading dimension is n times as long; the rest stays.
+    A **row** is what a tensor has at batch 1. Its *leading dimension* need not be 1 there: a model
+    may fold positions or heads into it. So ``row_shape`` includes it, as ``(1, 3, 224, 224)`` or
+    ``(16, 64)``. With n rows (a **batch**, of one request or several) it is n times as long and the
+    rest stays: ``(16 * n, 64)``. Rows lie one behind the other, ``row_bytes`` each, and each is
+    sealed in a record of its own, which also sets the limits (``records.require_sealable``).
     """
 
     name: _Name
@@ -94,7 +97,8 @@ class SliceFacts(_Record, frozen=True):
     outputs: tuple[_Index, ...]
     layers: _Index
     workspace: tuple[_Count, ...]
-    """Bytes that ONNX Runtime allocates while running, for each of ``PROFILE_BATCHES``."""
+    """Bytes that ONNX Runtime allocates while running, for each of ``PROFILE_BATCHES``: measured at
+    batch 1 and 2, extended from these in a straight line."""
     compute_s: tuple[_Seconds, ...]
     """Seconds on one thread of the sealing machine, for each of ``PROFILE_BATCHES``, or empty."""
 
@@ -125,6 +129,9 @@ class Variant(_Record, frozen=True):
     whole: SliceFacts
     """All layers as one slice over the same weights, for an enclave in which they all fit."""
     whole_places: Places
+    frozen: _Index
+    """Section of the whole's graph with weights as constants, which their values make a model of:
+    for an enclave with room for the copies that ONNX Runtime packs for its kernels."""
 
     @property
     def weight_bytes(self) -> int:

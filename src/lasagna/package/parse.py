@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from lasagna.errors import PackageError
+from lasagna.errors import PackageError, RecordError
 from lasagna.package.format import (
     DTYPES,
     HEADER,
@@ -29,6 +29,7 @@ from lasagna.package.format import (
     TensorSpec,
     Variant,
 )
+from lasagna.trust.records import require_sealable
 
 
 def split_header(head: bytes | memoryview, file_size: int) -> tuple[int, int]:
@@ -90,6 +91,8 @@ def parse_manifest(data: bytes | memoryview, body: int, file_size: int) -> Manif
 def parse_details(data: bytes, variant: Variant) -> Details:
     """Decode the secret part of a variant and check it against the public part.
 
+    An enclave's host reads the errors: they number what has a secret name.
+
     Raises:
         PackageError: malformed, or at odds with the manifest.
     """
@@ -97,7 +100,7 @@ def parse_details(data: bytes, variant: Variant) -> Details:
         details = _DETAILS.decode(data)
     except _MALFORMED as error:
         raise PackageError(f"malformed details of variant {variant.name}: {error}") from None
-    _check_specs(details.tensors, "tensor")
+    _check_specs(details.tensors, "tensor", secret=True)
     if tuple(spec.row_bytes for spec in details.tensors) != variant.tensor_bytes:
         raise PackageError(f"variant {variant.name}: tensor sizes differ from the manifest")
     if len(details.slices) != len(variant.slices):
@@ -112,25 +115,27 @@ def _check_details(place: str, inner: SliceDetails, facts: SliceFacts) -> None:
     if (len(inner.inputs), len(inner.outputs)) != (len(facts.inputs), len(facts.outputs)):
         raise PackageError(f"{place}: its tensors differ from the manifest")
     position = 0
-    for weight in inner.weights:
+    for number, weight in enumerate(inner.weights):
         if weight.dtype not in DTYPES:
-            raise PackageError(f"{place}: unknown element type {weight.dtype!r}")
+            raise PackageError(f"{place}: weight {number} has an unknown element type")
         if weight.offset < position or weight.offset % WEIGHT_ALIGNMENT:
-            raise PackageError(f"{place}: weight {weight.name!r} is misplaced")
+            raise PackageError(f"{place}: weight {number} is misplaced")
         position = weight.offset + weight.size
     if position > facts.weight_bytes:
         raise PackageError(f"{place}: its weights exceed {facts.weight_bytes} bytes")
 
 
-def _check_specs(specs: tuple[TensorSpec, ...], what: str) -> None:
+def _check_specs(specs: tuple[TensorSpec, ...], what: str, *, secret: bool = False) -> None:
     names = set()
-    for spec in specs:
-        if spec.dtype not in DTYPES:
-            raise PackageError(f"{what} {spec.name!r}: unknown element type {spec.dtype!r}")
+    for number, spec in enumerate(specs):
+        called = f"{what} {number}" if secret else f"{what} {spec.name!r}"
         if not spec.row_shape:
-            raise PackageError(f"{what} {spec.name!r} has no leading dimension")
-        if spec.row_bytes > 2**40:
-            raise PackageError(f"{what} {spec.name!r} has {spec.row_bytes} bytes a row")
+            raise PackageError(f"{called} has no leading dimension")
+        try:
+            require_sealable(spec.name, spec.dtype, spec.row_shape)
+        except RecordError as error:
+            reason = "" if secret else f": {error}"
+            raise PackageError(f"{called} can't be sealed in records{reason}") from None
         names.add(spec.name)
     if len(names) != len(specs):
         raise PackageError(f"two {what}s have one name")
@@ -141,8 +146,9 @@ def _check_variant(manifest: Manifest, variant: Variant) -> None:
     tensors, sections = len(variant.tensor_bytes), manifest.sections
     if not variant.slices:
         raise PackageError(f"{where} has no slices")
-    if variant.details >= len(sections):
-        raise PackageError(f"{where}: no section {variant.details}")
+    for section in (variant.details, variant.frozen):
+        if section >= len(sections):
+            raise PackageError(f"{where}: no section {section}")
     for numbers, specs in ((variant.inputs, manifest.inputs), (variant.outputs, manifest.outputs)):
         if len(numbers) != len(specs):
             raise PackageError(f"{where}: inputs or outputs differ from the model's")

@@ -7,6 +7,7 @@ key is the real thing (:mod:`lasagna.trust.grant`).
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import time
@@ -31,6 +32,7 @@ from lasagna.trust.release import KeyBundle
 from lasagna.trust.verifier import UnixSeconds
 
 _log: Final = logging.getLogger(__name__)
+DEFAULT_BODY_TIMEOUT_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +74,32 @@ class InsecureBroker:
         )
 
 
-def broker_app(broker: InsecureBroker) -> Starlette:
-    """``POST /v1/release`` (key request to grant) and ``GET /v1/broker`` (the public key)."""
+def broker_app(
+    broker: InsecureBroker, *, body_timeout_s: float = DEFAULT_BODY_TIMEOUT_S
+) -> Starlette:
+    """``POST /v1/release`` (key request to grant) and ``GET /v1/broker`` (the public key).
+
+    Args:
+        broker: what it answers from.
+        body_timeout_s: for a key request to arrive.
+    """
 
     async def release(request: Request) -> Response:
         body = bytearray()
         try:
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_ATTESTED_BYTES:
-                    raise KeyRefusedError(f"a key request has at most {MAX_ATTESTED_BYTES} bytes")
+            async with asyncio.timeout(body_timeout_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MAX_ATTESTED_BYTES:
+                        raise KeyRefusedError(
+                            f"a key request has at most {MAX_ATTESTED_BYTES} bytes"
+                        )
             answer = broker.release(bytes(body), UnixSeconds(int(time.time())))
         except ClientDisconnect:
             return Response(status_code=400)
+        except TimeoutError:
+            late = f"the key request did not arrive within {body_timeout_s:g} s"
+            return JSONResponse({"error": late}, status_code=408)
         except (EvidenceError, KeyRefusedError) as error:
             _log.warning("keys refused: %s", error)
             return JSONResponse({"error": str(error)}, status_code=403)

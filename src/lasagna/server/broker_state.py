@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lasagna.errors import TrustError, UsageError
+from lasagna.secret_file import read_private
 from lasagna.trust.keys import KEY_BYTES, SecretKey, ServiceSecret
-from lasagna.trust.model_keys import MAX_MODEL_KEYS_BYTES, ModelKeys, decode_model_keys
+from lasagna.trust.model_keys import ModelKeys, decode_model_keys
 
 _SIGNING_KEY: Final = "broker.secret"
 _SERVICE_SECRET: Final = "service.secret"  # noqa: S105 - a file's name
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ def open_state(folder: Path) -> BrokerSecrets:
     """Read a broker's secrets; make folder and secrets if they are not there yet.
 
     Raises:
-        UsageError: others may read a file, or it is not one of ours.
+        UsageError: others may read a file, it can't be read, or it is not one of ours.
         OSError: the folder can't be read or written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -53,13 +52,12 @@ def read_model_keys(paths: Sequence[Path]) -> tuple[ModelKeys, ...]:
     """Read the owner's key files.
 
     Raises:
-        UsageError: others may read a file, or it is no key file.
-        OSError: a file can't be read.
+        UsageError: others may read a file, it can't be read, or it is no key file.
     """
     found = []
     for path in paths:
         try:
-            found.append(decode_model_keys(_read_private(path, MAX_MODEL_KEYS_BYTES)))
+            found.append(decode_model_keys(read_private(path)))
         except TrustError as error:
             raise UsageError(f"{path} is not a model's key file: {error}") from None
     return tuple(found)
@@ -68,7 +66,7 @@ def read_model_keys(paths: Sequence[Path]) -> tuple[ModelKeys, ...]:
 def _secret(path: Path) -> SecretKey:
     if not path.exists():
         _create(path, os.urandom(KEY_BYTES))
-    raw = _read_private(path, KEY_BYTES)
+    raw = read_private(path)
     if len(raw) != KEY_BYTES:
         raise UsageError(f"{path} is not a secret of {KEY_BYTES} bytes: restore it or remove it")
     return SecretKey(raw)
@@ -87,14 +85,3 @@ def _create(path: Path, content: bytes) -> None:
             os.link(partial, path)
     finally:
         partial.unlink()
-
-
-def _read_private(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if mode & _OTHERS:
-            raise UsageError(
-                f"{path} is a secret that others may read (mode {stat.S_IMODE(mode):04o}): "
-                f"run chmod 600 {path}"
-            )
-        return file.read(limit + 1)

@@ -7,15 +7,17 @@
 * When the enclave dies, what was in it goes back to the head of the queue, in order, and runs a
   second time: each request alone, with nothing else in the enclave. So if one of them is the cause,
   it takes no other with it. Who was in it twice is given up.
+* When the enclave fails a batch, and lives, the cause may be the values of one row: its requests go
+  back in the same way and run again in a batch each. Who fails alone is given up.
 
 Ids grow with arrival. Every request is at any time in exactly one place: waiting, in one batch, or
-gone. What dies twice, or is withdrawn, never comes back.
+gone. What dies twice, fails alone or is withdrawn never comes back.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,16 +61,36 @@ class Batch:
 
 @dataclass(slots=True)
 class _Request:
+    """A request and what it has been through.
+
+    Attributes:
+        id: its number.
+        rows: how many.
+        alone: it runs in a batch of its own, since one that it was in came to nothing.
+        died: its enclave has died once; then nothing else may be in the enclave either.
+    """
+
     id: int
     rows: int
+    alone: bool = False
     died: bool = False
 
 
 @dataclass(slots=True)
 class _Running:
+    """A batch in the enclave.
+
+    Attributes:
+        requests: those that somebody still waits for.
+        since_s: when it was sent.
+        size: how many requests it began with.
+        exclusive: nothing may join it in the enclave.
+    """
+
     requests: list[_Request]
     since_s: float
-    alone: bool
+    size: int
+    exclusive: bool
 
 
 class Fcfs:
@@ -137,24 +159,39 @@ class Fcfs:
         if not self._waiting or len(self._running) >= self.places.batches:
             return None
         head = next(iter(self._waiting.values()))
-        alone = any(running.alone for running in self._running.values())
-        if alone or (head.died and self._running):
+        exclusive = any(running.exclusive for running in self._running.values())
+        if exclusive or (head.died and self._running):
             return None
         chosen: list[_Request] = []
         rows = 0
         for request in self._waiting.values():
             rows += request.rows
-            if chosen and (rows > self.places.rows or request.died or head.died):
+            if chosen and (rows > self.places.rows or request.alone or head.alone):
                 break
             chosen.append(request)
         for request in chosen:
             del self._waiting[request.id]
         self._batches += 1
-        self._running[self._batches] = _Running(chosen, now_s, head.died)
+        self._running[self._batches] = _Running(chosen, now_s, len(chosen), head.died)
         return Batch(self._batches, tuple(request.id for request in chosen))
 
     def finished(self, batch: int, now_s: float) -> None:
-        """The enclave answered a batch, with results or with an error."""
+        """The enclave answered a batch, with results or with an error for all."""
+        self._end(batch, now_s)
+
+    def failed(self, batch: int, now_s: float) -> tuple[int, ...]:
+        """The enclave could not run a batch, and one request of it may be the cause.
+
+        Returns:
+            The requests that are given up; the others wait again.
+        """
+        running = self._end(batch, now_s)
+        if running.size == 1:
+            return tuple(one.id for one in running.requests)
+        self._wait_again(_Request(one.id, one.rows, alone=True) for one in running.requests)
+        return ()
+
+    def _end(self, batch: int, now_s: float) -> _Running:
         running = self._running.pop(batch)
         # A batch behind another one began, as far as the enclave is concerned, when that one ended.
         taken = now_s - max(running.since_s, self._finished_s)
@@ -162,6 +199,12 @@ class Fcfs:
         each = taken / max(1, len(running.requests))
         weight = _SMOOTHING if self._service_s else 1.0
         self._service_s += weight * (each - self._service_s)
+        return running
+
+    def _wait_again(self, requests: Iterable[_Request]) -> None:
+        """Back into the queue, in order of arrival; its limit is for those that arrive."""
+        waiting = sorted([*requests, *self._waiting.values()], key=lambda one: one.id)
+        self._waiting = OrderedDict((one.id, one) for one in waiting)
 
     def enclave_died(self) -> tuple[int, ...]:
         """Everything that was in the enclave is lost.
@@ -171,9 +214,9 @@ class Fcfs:
         """
         caught = [one for running in self._running.values() for one in running.requests]
         self._running.clear()
-        again = [_Request(one.id, one.rows, died=True) for one in caught if not one.died]
-        waiting = sorted([*again, *self._waiting.values()], key=lambda one: one.id)
-        self._waiting = OrderedDict((one.id, one) for one in waiting)
+        self._wait_again(
+            _Request(one.id, one.rows, alone=True, died=True) for one in caught if not one.died
+        )
         return tuple(one.id for one in caught if one.died)
 
     def abandon(self) -> Sequence[int]:

@@ -51,7 +51,8 @@ from lasagna.server.lifecycle import (
 from lasagna.server.link import EnclaveLink
 from lasagna.server.release import KeyRelay
 from lasagna.server.served import ModelFacts, State, Statistics, Status
-from lasagna.tee.backend import EnclaveBackend
+from lasagna.tee.backend import EnclaveBackend, RunningEnclave
+from lasagna.units import Bytes
 
 _log: Final = logging.getLogger(__name__)
 _LASTING: Final = (BudgetError, PackageError, TrustError, UsageError)
@@ -106,6 +107,7 @@ class ModelHost:
         self._changed = asyncio.Event()
         self._failure: LasagnaError | None = None
         self._link: EnclaveLink | None = None
+        self._process: RunningEnclave | None = None
         self._queue = Fcfs(Places(rows=1, batches=1), config.queue_limit)
         self._tickets: dict[int, _Ticket] = {}
         self._batches: set[asyncio.Task[None]] = set()
@@ -156,7 +158,8 @@ class ModelHost:
         counters = await self._call(GetStats(link.next_id()), Stats, timeout_s)
         plan = self._facts.plan
         assert plan is not None  # or there would be no link
-        return Statistics(self._config.budget, plan, counters)
+        peak = self._process.peak_bytes if self._process is not None else Bytes(0)
+        return Statistics(self._config.budget, plan, counters, peak)
 
     # Starting and stopping.
 
@@ -230,7 +233,8 @@ class ModelHost:
         name, public = await asyncio.to_thread(read_facts, self._package)
         if name != self.name:
             raise PackageError(f"the package is now called {name!r}; it was {self.name!r}")
-        async with enclave_life(self._backend, self._config, self._socket_dir, self.name) as link:
+        life = enclave_life(self._backend, self._config, self._socket_dir, self.name)
+        async with life as (link, self._process):
             loaded = await load_model(link, self._package, self._relay, self._config)
             self._facts = loaded_facts(public, loaded, self._config.frame_limit)
             self._queue.places = Places(self._facts.max_rows, self._config.threads + 1)
@@ -289,6 +293,10 @@ class ModelHost:
         except (EnclaveLostError, ProtocolError) as error:
             link.end(error)  # the supervisor sees it, and decides what becomes of the requests
             return
+        except EnclaveError as error:  # perhaps over the values of one request
+            given_up = self._queue.failed(batch.number, asyncio.get_running_loop().time())
+            self._note_change()
+            self._refuse(given_up, error)
         except LasagnaError as error:
             self._finished(batch)
             self._refuse(batch.ids, error)
@@ -315,7 +323,7 @@ class ModelHost:
         if self._stopping:
             raise self._shutting_down()
         if self._failure is not None:
-            raise _again(self._failure)
+            raise self._failure.again()
         if self._link is None and not may_wait(self._deaths):
             raise EnclaveLostError(f"{self.name}: {self._status.reason}")
         if self._facts.plan is None:
@@ -339,7 +347,7 @@ class ModelHost:
     def _refuse(self, numbers: Iterable[int], error: LasagnaError) -> None:
         for number in numbers:
             if (ticket := self._waiting(number)) is not None:
-                ticket.answer.set_exception(_again(error))
+                ticket.answer.set_exception(error.again())
 
     def _waiting(self, number: int) -> _Ticket | None:
         ticket = self._tickets.get(number)
@@ -370,10 +378,3 @@ class ModelHost:
 
     async def _next_change(self) -> None:
         await self._changed.wait()
-
-
-def _again(error: LasagnaError) -> LasagnaError:
-    """A fresh exception of the same kind: one raised twice would collect tracebacks."""
-    if isinstance(error, OverloadedError):
-        return OverloadedError(str(error), error.retry_after_s)
-    return type(error)(*error.args)

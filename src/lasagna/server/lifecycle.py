@@ -94,7 +94,7 @@ def read_facts(package: Path) -> tuple[str, ModelFacts]:
 @contextlib.asynccontextmanager
 async def enclave_life(
     backend: EnclaveBackend, config: HostConfig, socket_dir: Path, title: str
-) -> AsyncIterator[EnclaveLink]:
+) -> AsyncIterator[tuple[EnclaveLink, RunningEnclave]]:
     """Start an enclave and connect to it; at the end of the block it is gone.
 
     Args:
@@ -138,7 +138,7 @@ async def enclave_life(
             path.unlink(missing_ok=True)
     try:
         await link.hello(config.start_timeout_s)
-        yield link
+        yield link, process
     except EnclaveLostError as error:
         raise EnclaveLostError(await _post_mortem(link, process, config, str(error))) from None
     finally:

@@ -94,7 +94,7 @@ class EnclaveLink(asyncio.BufferedProtocol):
             LasagnaError: what the enclave answered, as a class of ``messages.ERRORS``.
         """
         if self._ended.done():
-            raise _again(self._ended.result())
+            raise self._ended.result().again()
         assert self._transport is not None
         waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending[command.id] = waiter
@@ -112,7 +112,7 @@ class EnclaveLink(asyncio.BufferedProtocol):
                     f"the enclave answered {type(command).__name__} with {type(reply).__name__}"
                 )
             )
-            raise _again(self._ended.result())
+            raise self._ended.result().again()
         return reply
 
     async def ended(self) -> EnclaveError:
@@ -127,7 +127,7 @@ class EnclaveLink(asyncio.BufferedProtocol):
         waiters: list[asyncio.Future[Any]] = [self._hello, *self._pending.values()]
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(_again(reason))
+                waiter.set_exception(reason.again())
                 waiter.exception()  # somebody may have stopped waiting: that is no news
         if self._transport is not None:
             self._transport.abort()
@@ -191,7 +191,7 @@ class EnclaveLink(asyncio.BufferedProtocol):
                 return await waiter
         except TimeoutError:
             self.end(EnclaveLostError(f"the enclave did not {what} within {timeout_s:g} s"))
-            raise _again(self._ended.result()) from None
+            raise self._ended.result().again() from None
 
 
 async def accept_enclave(
@@ -220,11 +220,6 @@ async def accept_enclave(
         connection.close()
         raise
     return link
-
-
-def _again(reason: EnclaveError) -> EnclaveError:
-    """A fresh exception for each caller: one raised in two tasks would collect both tracebacks."""
-    return type(reason)(*reason.args)
 
 
 def _because(error: Exception | None) -> str:

@@ -63,11 +63,14 @@ class Statistics:
         budget_bytes: of enclave memory.
         plan: how it is spent.
         counters: since the enclave was started.
+        process_peak_bytes: most memory of its process that was resident at once, by the kernel's
+            count; 0 if nobody can tell. The budget is a part of it only.
     """
 
     budget_bytes: Bytes
     plan: PlanFacts
     counters: Stats
+    process_peak_bytes: Bytes
 
 
 class ServedModel(Protocol):

@@ -52,8 +52,9 @@ class RunningEnclave(Protocol):
         """The last line that it wrote to its standard error; empty if there is none."""
         ...
 
-    def terminate(self) -> None:
-        """Ask it to end (SIGTERM); nothing happens if it has ended."""
+    @property
+    def peak_bytes(self) -> Bytes:
+        """Most memory of it that was resident at once, code and all; 0 if nobody can tell."""
         ...
 
     def kill(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final, Self
 from lasagna.tee import die_with_host
 from lasagna.tee.backend import EnclaveSpec
 from lasagna.tee.measurement import measure_code, source_root
+from lasagna.units import KIB, Bytes
 
 _log: Final = logging.getLogger(__name__)
 _LINE_LIMIT: Final = 2000
@@ -82,10 +84,15 @@ class ChildProcess:
         """The last line that it wrote to standard error; empty if there is none."""
         return self._last_words
 
-    def terminate(self) -> None:
-        """Send SIGTERM; nothing happens if it has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+    @property
+    def peak_bytes(self) -> Bytes:
+        """Most memory of it that was resident at once (``VmHWM`` of proc(5)); 0 if it has ended."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return Bytes(0)
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+        return Bytes(int(peak[1]) * KIB if peak else 0)
 
     def kill(self) -> None:
         """Send SIGKILL; nothing happens if it has ended."""

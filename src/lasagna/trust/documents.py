@@ -38,6 +38,8 @@ def decode_document(
         raise error(f"{name} has {len(raw)} bytes; at most {limit} are accepted")
     try:
         return decoder.decode(raw)
+    except RecursionError:  # also for what stands in an unknown field
+        reason = "it is nested too deeply"
     except ValueError as failure:  # msgspec's errors and UnicodeDecodeError
         # The text names the place and the expected type, not the value: no secret is in it.
         reason = "it is not UTF-8" if isinstance(failure, UnicodeDecodeError) else str(failure)

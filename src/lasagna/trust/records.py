@@ -10,16 +10,17 @@ moves records can delay or drop them, but not read, change, mix up or replay the
 Nonces are random, 96 bits, drawn by the caller for every sealing (NIST SP 800-38D, section 8.2.2).
 They are not made from the context: a task that is retried in a batch of another size gives slightly
 different activations, and two plaintexts under one nonce would reveal both and the authentication
-key. Section 8.3 allows 2^32 records under one key; a run of a request makes at most
-``MAX_RECORDS_PER_REQUEST`` of them (:func:`require_record_budget`), which leaves 4096 whole runs
-even to a host that has every task repeated at will.
+key. Section 8.3 allows 2^32 records under one key; one Infer makes at most
+``MAX_RECORDS_PER_REQUEST`` of them (:func:`require_record_budget`), so 4096 of a request are within
+it. Nothing counts across Infers: a host that repeats a task at will can go beyond, and
+docs/reference/records.md says how far it would have to.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from cryptography.exceptions import InvalidTag
 
@@ -52,7 +53,6 @@ ITEM_BYTES: Final = {
     "int16": 2,
     "uint16": 2,
     "float16": 2,
-    "bfloat16": 2,
     "int32": 4,
     "uint32": 4,
     "float32": 4,
@@ -60,7 +60,18 @@ ITEM_BYTES: Final = {
     "uint64": 8,
     "float64": 8,
 }
-"""Bytes of one element, by NumPy's name of the type."""
+"""Bytes of one element, by NumPy's name of the type: all types that tensors can have."""
+
+
+class RowSpec(Protocol):
+    """A tensor's rows as somebody describes them; the fields are those of ``RecordContext``."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def row_shape(self) -> tuple[int, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +83,8 @@ class RecordContext:
         direction: input, activation or output.
         tensor: its name in the model's graph.
         dtype: NumPy's name of the element type, a key of ``ITEM_BYTES``.
-        row_shape: the shape without the batch dimension; ``()`` for one number a row.
+        row_shape: the shape of one row, its leading dimension included, such as
+            ``(1, 3, 224, 224)``; see ``package.format.TensorSpec``.
         rows: of the whole request, at most ``MAX_ROWS``.
         variant: of activations only, where it is required: the layout the model was optimised for
             (an AVX-512 server can't go on with an AVX2 server's activations).
@@ -100,15 +112,48 @@ class RecordContext:
             raise RecordError(f"a request has 1 to {MAX_ROWS} rows, not {self.rows}")
         if not 0 <= self.boundary <= U32_MAX:
             raise RecordError(f"a boundary is a number from 0 to 2^32 - 1, not {self.boundary}")
-        if not self.tensor:
-            raise RecordError("a tensor has a name")
+        size = require_sealable(self.tensor, self.dtype, self.row_shape)
         if self.direction is Direction.ACTIVATION:
             if not self.variant:
                 raise RecordError("activations name the variant of the model they come from")
         elif self.variant or self.boundary:
             raise RecordError(f"{self.direction} records have neither a variant nor a boundary")
-        object.__setattr__(self, "row_bytes", _row_bytes(self.dtype, self.row_shape))
+        object.__setattr__(self, "row_bytes", size)
         object.__setattr__(self, "aad_prefix", self._encode())
+
+    @classmethod
+    def of(
+        cls,
+        scope: RequestScope,
+        direction: Direction,
+        spec: RowSpec,
+        rows: int,
+        *,
+        variant: str = "",
+        boundary: int = 0,
+    ) -> Self:
+        """The context of a tensor that is described elsewhere.
+
+        Raises:
+            RecordError: a field is out of its range.
+        """
+        return cls(
+            scope=scope,
+            direction=direction,
+            tensor=spec.name,
+            dtype=spec.dtype,
+            row_shape=spec.row_shape,
+            rows=rows,
+            variant=variant,
+            boundary=boundary,
+        )
+
+    @property
+    def called(self) -> str:
+        """What errors call it. Names inside the network are secret, those at its ends are not."""
+        if self.direction is Direction.ACTIVATION:
+            return f"an activation at cut {self.boundary}"
+        return f"{self.direction} {self.tensor!r}"
 
     @property
     def record_bytes(self) -> int:
@@ -131,12 +176,12 @@ class RecordContext:
 
 
 def require_record_budget(rows: int, tensors: int) -> None:
-    """Refuse a request whose run would seal more records than fit its keys' budget.
+    """Refuse a request if one Infer of it would take more records than fit its keys' budget.
 
     Args:
         rows: of the request.
-        tensors: how many tensors are sealed in a run of it: inputs, outputs, and the activations at
-            every boundary.
+        tensors: how many tensors are sealed at the two ends of the Infer: inputs and outputs, or
+            the activations at a cut in place of either.
 
     Raises:
         RecordError: it is more than ``MAX_RECORDS_PER_REQUEST``.
@@ -229,7 +274,7 @@ def open_record_into(
     aad = _associated_data(key, context, row)
     if view.nbytes != context.record_bytes or not view.c_contiguous:
         raise RecordError(
-            f"a record of {context.tensor!r} has {context.record_bytes} bytes, not {view.nbytes}"
+            f"a record of {context.called} has {context.record_bytes} bytes, not {view.nbytes}"
         )
     data = view.cast("B")
     if data[0] != RECORD_VERSION:
@@ -242,7 +287,7 @@ def open_record_into(
         # must not be released).
         target[:] = bytes(context.row_bytes)
         raise RecordError(
-            f"row {row} of {context.direction} {context.tensor!r} of request "
+            f"row {row} of {context.called} of request "
             f"{context.scope.request_id.hex()} does not open: it was changed, or sealed for "
             "another place"
         ) from None
@@ -264,7 +309,24 @@ def _flat(name: str, view: memoryview, size: int, *, writable: bool = False) -> 
     return view.cast("B")
 
 
-def _row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+def require_sealable(name: str, dtype: str, row_shape: tuple[int, ...]) -> int:
+    """Bytes of a row of a tensor, if records can carry it.
+
+    Raises:
+        RecordError: why they can't.
+    """
+    if not name:
+        raise RecordError("a tensor has a name")
+    _name_bytes("tensor", name)
+    return row_bytes(dtype, row_shape)
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a row of this type and shape.
+
+    Raises:
+        RecordError: records can't carry such a row.
+    """
     if dtype not in ITEM_BYTES:
         raise RecordError(f"{dtype!r} is not an element type; known are {', '.join(ITEM_BYTES)}")
     if len(shape) > MAX_RANK or not all(1 <= size <= MAX_ROW_BYTES for size in shape):

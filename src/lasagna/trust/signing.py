@@ -25,7 +25,10 @@ def sign_manifest(private_key: Ed25519PrivateKey, manifest: bytes) -> bytes:
 
 
 def verify_manifest(public_key: bytes, manifest: bytes, signature: bytes) -> None:
-    """Return if the owner signed this manifest; parse it only then.
+    """Return if the owner signed this manifest.
+
+    Whose key to believe is known only once the broker has released it, for which the manifest has
+    to be read: what was parsed before is the host's word, and nothing is loaded on it.
 
     Property: any bytes return or raise :class:`PackageError`.
 

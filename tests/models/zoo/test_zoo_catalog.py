@@ -24,7 +24,9 @@ def test_holds_eleven_models() -> None:
     assert [name for name, entry in catalog.CATALOG.items() if entry.trained] == TRAINED
 
 
-@pytest.mark.parametrize("name", [*TRAINED, "shufflenet"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet-lite0", pytest.param("minilm", marks=pytest.mark.slow), "shufflenet"]
+)
 def test_the_stated_size_is_that_of_the_weights(name: str) -> None:
     if name == "minilm":
         pytest.importorskip("safetensors")

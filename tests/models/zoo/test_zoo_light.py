@@ -17,9 +17,10 @@ from lasagna.models.zoo.light import (
     light_model,
 )
 
-LARGE = {"alexnet", "vgg19", "zfnet512"}
+LARGE_MB = 40
 ALL = [
-    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in LIGHT_NETWORKS
+    pytest.param(name, marks=pytest.mark.slow) if network.weight_mb > LARGE_MB else name
+    for name, network in LIGHT_NETWORKS.items()
 ]
 
 

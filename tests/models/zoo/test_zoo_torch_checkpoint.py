@@ -18,6 +18,9 @@ from lasagna.errors import ModelError
 from lasagna.models.zoo.installed import package_file
 from lasagna.models.zoo.torch_checkpoint import parse_torch_checkpoint, read_torch_checkpoint
 
+# pickletools warns of odd escapes in what a changed file may hold: it need not be an error there.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid .*escape sequence:DeprecationWarning")
+
 # An assembler for the pickles that torch.save writes, so that these tests run without torch.
 
 
