@@ -11,7 +11,7 @@ SANITIZE ?= address;undefined
 
 # What an installation is made from: a change of any of these installs again.
 SOURCES := pyproject.toml requirements/weights.txt CMakeLists.txt \
-           $(wildcard native/*.c native/*.h)
+           $(wildcard native/*.c native/*.h native/epc/*.c native/epc/*.h)
 
 # A variable, since `call` would split its commas.
 EDITABLE_WITH_TOOLS := -e '.[demo,test,lint]'

@@ -50,11 +50,17 @@ def test_workspace_that_was_measured_too_small_is_found_when_loading(
         )
 
 
-def prepared(squeezenet: Sealed, budget: int) -> Model:
+def prepared(squeezenet: Sealed, budget: int, *, vanilla: bool = False) -> Model:
     opened = OpenPackage(Package(squeezenet.path), squeezenet.keys.content_key.reveal())
     block = native_block()
     model, _ = prepare_model(
-        opened, block=block, budget=budget, threads=1, intra_op_threads=1, max_batch=1
+        opened,
+        block=block,
+        budget=budget,
+        threads=1,
+        intra_op_threads=1,
+        max_batch=1,
+        vanilla=vanilla,
     )
     return model
 
@@ -74,7 +80,9 @@ def test_frozen_bound_and_sliced_weights_compute_the_same(squeezenet: Sealed) ->
     assert frozen.plan.session_bytes >= 2 * frozen.plan.weight_bytes
     bound = prepared(squeezenet, frozen.plan.total_bytes - frozen.plan.session_bytes)
     assert (bound.variant.name, bound.plan.session_bytes) == (frozen.variant.name, 0)
-    answers = [run_once(model) for model in (frozen, bound, prepared(squeezenet, 10 * MIB))]
+    vanilla = prepared(squeezenet, MIB, vanilla=True)  # whatever memory it takes
+    models = (frozen, bound, prepared(squeezenet, 10 * MIB), vanilla)
+    answers = [run_once(model) for model in models]
     assert np.ptp(answers[0]) > 0
     for answer in answers[1:]:
         np.testing.assert_allclose(answer, answers[0], rtol=1e-4, atol=1e-6)

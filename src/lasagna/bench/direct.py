@@ -73,8 +73,22 @@ class InsecureDirectEnclave:
         max_batch: int = 1,
         pin: bool = True,
         service_secret: ServiceSecret | None = None,
+        vanilla: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start the process, release the keys to it and load the model.
+
+        Args:
+            package: the model.
+            keys: that open it.
+            budget: bytes of enclave memory.
+            threads: compute threads.
+            intra_op_threads: threads of each session.
+            max_batch: rows of one run at most.
+            pin: keep slices where there is room.
+            service_secret: of the service; a fresh one if not given.
+            vanilla: an ordinary session of the whole model instead, whatever the budget.
+            environment: variables beside the minimal ones, such as the emulator's.
 
         Raises:
             BudgetError: the model does not fit.
@@ -96,7 +110,7 @@ class InsecureDirectEnclave:
                     *("--insecure-measurement", measurement.hex()),
                 ],
                 stdin=subprocess.DEVNULL,
-                env=minimal_environment(),
+                env={**minimal_environment(), **(environment or {})},
             )
             try:
                 self._socket, _ = listener.accept()
@@ -110,7 +124,7 @@ class InsecureDirectEnclave:
         try:
             self._socket.settimeout(CALL_TIMEOUT_S)
             self.hello = self._expect(self._receive(), m.Hello)
-            self._load(package, keys, (max_batch, pin), measurement, service_secret)
+            self._load(package, keys, (max_batch, pin, vanilla), measurement, service_secret)
         except BaseException:
             self.close()
             raise
@@ -130,7 +144,7 @@ class InsecureDirectEnclave:
         self,
         package: Path,
         keys: ModelKeys,
-        wish: tuple[int, bool],
+        wish: tuple[int, bool, bool],
         measurement: bytes,
         service_secret: ServiceSecret | None,
     ) -> None:

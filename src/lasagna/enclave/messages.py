@@ -58,12 +58,14 @@ class Load(_Message, frozen=True, tag="load"):
     """Make the package of the last RequestKeys ready to run. Reply: Loaded.
 
     ``max_batch`` is a wish: the plan takes the largest batch up to it that fits the budget.
-    Without ``pin`` every slice is streamed, which takes the least memory.
+    Without ``pin`` every slice is streamed, which takes the least memory. ``vanilla`` is the
+    baseline: an ordinary session of the whole model, whatever memory it takes.
     """
 
     grant: bytes
     max_batch: Annotated[int, Meta(ge=1, le=4096)]
     pin: bool = True
+    vanilla: bool = False
 
 
 class SealedRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from lasagna.package.format import DTYPES, Details, TensorSpec, Variant
 from lasagna.package.reader import OpenPackage
 
 Array: TypeAlias = NDArray[Any]
+UNLIMITED: Final = 2**60
 BINDINGS_PER_SLICE: Final = 4
 """Bindings kept for each slice of a thread: combinations of batch, ring slot and input slot."""
 
@@ -223,8 +224,12 @@ def prepare_model(
     intra_op_threads: int,
     max_batch: int,
     pin: bool = True,
+    vanilla: bool = False,
 ) -> tuple[Model, Pool]:
     """Plan, reserve memory, load pinned weights, open sessions, and try every slice once.
+
+    The vanilla runtime is the same but for what it is a baseline of: its budget is unlimited, its
+    sessions have ONNX Runtime's own arenas, and whoever limits its memory pages.
 
     Raises:
         BudgetError: it does not fit.
@@ -233,6 +238,7 @@ def prepare_model(
     manifest = package.manifest
     sliced = choose_variant(manifest.variants, block)
     wish = max_batch if manifest.batchable else 1
+    budget = UNLIMITED if vanilla else budget
     variant, plan = _fit(sliced, budget, threads, wish, manifest.name, pin=pin)
     details = package.details(sliced)
     frozen: Plan | None = None
@@ -259,7 +265,7 @@ def prepare_model(
             number,
             pool.take(plan.activation_bytes),
             {
-                section: open_slice_session(graph, intra_op_threads, constants)
+                section: open_slice_session(graph, intra_op_threads, constants, own_arena=vanilla)
                 for section, graph in graphs.items()
             },
         )

@@ -152,6 +152,7 @@ class Enclave:
             intra_op_threads=self._limits.intra_op_threads,
             max_batch=command.max_batch,
             pin=command.pin,
+            vanilla=command.vanilla,
         )
         self._released, self._service = released, service_keys(released.bundle.service_secret)
         self._model, self._pool = model, pool

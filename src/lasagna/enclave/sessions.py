@@ -60,7 +60,11 @@ def set_workspace_arena(size: int) -> None:
 
 
 def open_slice_session(
-    model: bytes, threads: int, constants: Mapping[str, NDArray[Any]] | None = None
+    model: bytes,
+    threads: int,
+    constants: Mapping[str, NDArray[Any]] | None = None,
+    *,
+    own_arena: bool = False,
 ) -> ort.InferenceSession:
     """A session of a slice's graph as it stands, in the shared workspace arena.
 
@@ -69,6 +73,8 @@ def open_slice_session(
         threads: intra-op threads; with 1 the session starts none.
         constants: values of a frozen graph's weights. The session copies them into the
             arena, packed for its kernels where that helps.
+        own_arena: as ONNX Runtime does it by default: an arena of the session's own, that grows,
+            and reuse of blocks by a pattern of earlier runs.
 
     Raises:
         PackageError: ONNX Runtime does not accept the graph.
@@ -78,8 +84,9 @@ def open_slice_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once
-    options.add_session_config_entry("session.use_env_allocators", "1")
+    if not own_arena:
+        options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once
+        options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if constants:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]

@@ -1,0 +1,95 @@
+/* The pager's state, and what its parts call of each other. Private to pager.c, reclaim.c. */
+#ifndef LASAGNA_EPC_PAGER_STATE_H
+#define LASAGNA_EPC_PAGER_STATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "pager.h"
+#include "pages.h"
+#include "seal.h"
+
+/* As in the driver: SGX_NR_TO_SCAN, SGX_NR_LOW_PAGES, SGX_NR_HIGH_PAGES. */
+#define EPC_BATCH 16u
+#define EPC_LOW 32u
+#define EPC_HIGH 64u
+/* Processes that may descend from each other by fork alone: each has a key of its own. */
+#define EPC_KEYS 16u
+
+struct pager {
+    /* Set at the start. */
+    char *region;
+    size_t region_pages;
+    char *slots; /* frames that are not mapped in the region lie here */
+    uint32_t slot_count;
+    unsigned char *backing; /* ciphertext of page i at i * EPC_PAGE */
+    struct page *pages;
+    struct epc_costs costs; /* zero while calibrating */
+    struct epc_stats *stats;
+    int uffd;
+    unsigned char keys[EPC_KEYS][EPC_KEY];
+    uint8_t key_count; /* the last one seals */
+
+    /* Everything below is guarded by this lock. */
+    pthread_mutex_t lock;
+    pthread_cond_t work;    /* for the reclaimer: frames are short */
+    pthread_cond_t freed;   /* for faults: a frame is free */
+    pthread_cond_t settled; /* a page is no longer busy */
+    struct page_queue active, probation;
+    uint32_t *frames; /* slots that hold a free frame */
+    uint32_t frame_count;
+    uint32_t *empty; /* slots that hold none */
+    uint32_t empty_count;
+    uint32_t allocated; /* frames in all: mapped, on probation, free */
+    uint32_t busy;      /* pages in transition */
+    uint64_t next_version;
+    uint64_t aging_ns; /* spent on unmapping, and not yet part of an eviction's cost */
+    uint64_t debt_ns;  /* what second chances cost that hardware would not have */
+};
+
+extern struct pager epc;
+
+#define EPC_ADD(field, amount) \
+    atomic_fetch_add_explicit(&epc.stats->field, (uint64_t)(amount), memory_order_relaxed)
+#define EPC_SET(field, value) \
+    atomic_store_explicit(&epc.stats->field, (uint64_t)(value), memory_order_relaxed)
+
+/* Pages that may be resident now; the host may change it. */
+uint32_t epc_limit(void);
+/* Frames that can be given out at once. Lock held. */
+uint32_t epc_available(void);
+
+static inline char *epc_page_address(uint32_t page) {
+    return epc.region + (size_t)page * EPC_PAGE;
+}
+static inline char *epc_slot_address(uint32_t slot) {
+    return epc.slots + (size_t)slot * EPC_PAGE;
+}
+static inline unsigned char *epc_backing_address(uint32_t page) {
+    return epc.backing + (size_t)page * EPC_PAGE;
+}
+
+/* Mark a page as in transition, and as settled. Lock held. */
+void epc_begin(uint32_t page);
+void epc_settle(uint32_t page, enum page_state state);
+
+/* Move a page, where fork has left it shared with another process a copy of it. 0 or an error. */
+int epc_move(char *to, char *from);
+
+/* The thread that resolves faults. */
+void *epc_handle_faults(void *unused);
+
+/* The reclaimer thread. */
+void *epc_reclaim(void *unused);
+
+/* Note memory of the emulator in the statistics. */
+void epc_note_own(const void *start, size_t bytes);
+
+/* Spin until this time; false when it has passed already. */
+bool epc_spin_until(uint64_t time_ns);
+
+/* Wait, and end the process if nothing comes for a minute. Lock held. */
+void epc_wait(pthread_cond_t *condition, const char *what);
+
+#endif

@@ -1,0 +1,34 @@
+/* Which parts of the region are in use: the allocator of large pieces.
+ *
+ * Pieces begin at multiples of 64 KiB and come in sizes a quarter of a power of two apart. A piece
+ * that is given back keeps its addresses for the next of its size; its pages are dropped at once. */
+#ifndef LASAGNA_EPC_REGION_H
+#define LASAGNA_EPC_REGION_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#define EPC_GRANULE (64u * 1024u)
+
+/* Once, after the pager has started. */
+bool epc_region_start(void);
+
+/* So many bytes of zeros, aligned to 64 KiB or more; NULL when the region is full. */
+void *epc_allocate(size_t bytes, size_t alignment);
+
+/* Give a piece back; any address in it will do. */
+void epc_release(void *address);
+
+/* How much the piece that holds this address has from there on. */
+size_t epc_usable(const void *address);
+
+/* As munmap: these pages are gone; the piece is given back with its last page. */
+void epc_unmap(void *address, size_t bytes);
+
+/* Drop what whole pages of the range hold, as MADV_DONTNEED does. */
+void epc_clear(void *address, size_t bytes);
+
+void epc_region_before_fork(void);
+void epc_region_after_fork(void);
+
+#endif

@@ -1,0 +1,190 @@
+/* Starting the pager, measuring what it costs here, and starting it again after fork. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "pager_state.h"
+#include "uffd.h"
+
+static bool start_threads(void) {
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&epc.work, &monotonic);
+    pthread_cond_init(&epc.freed, &monotonic);
+    pthread_cond_init(&epc.settled, &monotonic);
+    /* Signals are for the program's own threads. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_t faults, reclaimer;
+    bool started = pthread_create(&faults, NULL, epc_handle_faults, NULL) == 0 &&
+                   pthread_create(&reclaimer, NULL, epc_reclaim, NULL) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (started) {
+        /* What the driver does in the kernel waits for no other thread. Without the right to it the
+         * emulator is slower than it could be, and calibration shows that. */
+        struct sched_param first = {.sched_priority = 1};
+        pthread_setschedparam(faults, SCHED_FIFO, &first);
+        pthread_setname_np(faults, "epc-faults");
+        pthread_setname_np(reclaimer, "epc-reclaim");
+    }
+    return started;
+}
+
+static bool watch(void) {
+    return epc_uffd_register(epc.uffd, epc.region, epc.region_pages * EPC_PAGE) &&
+           epc_uffd_register(epc.uffd, epc.slots, (size_t)epc.slot_count * EPC_PAGE);
+}
+
+/* Keep this memory out of what is measured as the program's. */
+void epc_note_own(const void *start, size_t bytes) {
+    static uint32_t count;
+    EPC_SET(own_start[count], (uintptr_t)start);
+    EPC_SET(own_bytes[count], bytes);
+    count++;
+}
+
+static bool reserve_all(void) {
+    epc.region = epc_reserve(epc.region_pages * EPC_PAGE);
+    epc.slots = epc_reserve((size_t)epc.slot_count * EPC_PAGE);
+    epc.backing = epc_reserve(epc.region_pages * EPC_PAGE);
+    epc.pages = epc_reserve(epc.region_pages * sizeof *epc.pages);
+    epc.frames = epc_reserve(epc.slot_count * sizeof *epc.frames);
+    epc.empty = epc_reserve(epc.slot_count * sizeof *epc.empty);
+    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.frames || !epc.empty) {
+        return false;
+    }
+    epc_note_own(epc.region, epc.region_pages * EPC_PAGE);
+    epc_note_own(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
+    epc_note_own(epc.backing, epc.region_pages * EPC_PAGE);
+    epc_note_own(epc.pages, epc.region_pages * sizeof *epc.pages);
+    epc_note_own(epc.frames, epc.slot_count * sizeof *epc.frames);
+    epc_note_own(epc.empty, epc.slot_count * sizeof *epc.empty);
+    /* An enclave's pages are small ones. */
+    epc_small_pages(epc.region, epc.region_pages * EPC_PAGE);
+    epc_small_pages(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
+    return true;
+}
+
+static int ascending(const void *a, const void *b) {
+    uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
+    return (left > right) - (left < right);
+}
+
+/* Median time of touching a page each, when the pager charges nothing. */
+static uint64_t touch_ns(size_t first, size_t count) {
+    uint64_t times[64];
+    for (size_t i = 0; i < count; i++) {
+        uint64_t start = epc_now_ns();
+        *(volatile char *)(epc.region + (first + i) * EPC_PAGE) = 1;
+        times[i] = epc_now_ns() - start;
+    }
+    qsort(times, count, sizeof *times, ascending);
+    return times[count / 2];
+}
+
+/* What this machine takes for a load and an eviction, so that a charge adds the difference only. */
+static void calibrate(const struct epc_costs *costs) {
+    enum { COUNT = 64 };
+    size_t first = epc.region_pages - COUNT;
+    touch_ns(first, COUNT);
+    epc_evict_all();
+    uint64_t evict_ns = atomic_load(&epc.stats->evict_ns) / COUNT;
+    uint64_t before = atomic_load(&epc.stats->load_ns);
+    uint64_t whole_ns = touch_ns(first, COUNT);
+    uint64_t inside_ns = (atomic_load(&epc.stats->load_ns) - before) / COUNT;
+    epc_drop(first, COUNT);
+    EPC_SET(own_latency_ns, whole_ns > inside_ns ? whole_ns - inside_ns : 0);
+    EPC_SET(own_load_ns, inside_ns);
+    EPC_SET(own_evict_ns, evict_ns);
+    for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entries; sum++) {
+        atomic_store(sum, 0);
+    }
+    memset(epc.stats->threads, 0, sizeof epc.stats->threads);
+    EPC_SET(charge_load_ns, costs->load_ns);
+    EPC_SET(charge_add_ns, costs->add_ns);
+    EPC_SET(charge_evict_ns, costs->evict_ns);
+    EPC_SET(entry_ns, costs->entry_ns);
+    pthread_mutex_lock(&epc.lock);
+    epc.costs = *costs;
+    pthread_mutex_unlock(&epc.lock);
+}
+
+static void publish(struct epc_stats *stats, uint64_t limit) {
+    epc.stats = stats;
+    EPC_SET(pid, getpid());
+    EPC_SET(limit_pages, limit);
+    EPC_SET(region_pages, epc.region_pages);
+    EPC_SET(entry_ns, epc.costs.entry_ns);
+}
+
+bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, char *reason,
+                     size_t reason_size) {
+    if (config->limit_pages < EPC_MIN_PAGES || config->limit_pages > config->region_pages ||
+        config->region_pages >= EPC_NONE) {
+        snprintf(reason, reason_size, "the limit must be %u to %zu pages, not %zu", EPC_MIN_PAGES,
+                 config->region_pages, config->limit_pages);
+        return false;
+    }
+    epc.region_pages = config->region_pages;
+    epc.slot_count = (uint32_t)config->limit_pages;
+    publish(stats, config->limit_pages);
+    epc.uffd = epc_uffd_open(reason, reason_size);
+    if (epc.uffd < 0) {
+        return false;
+    }
+    if (!reserve_all() || !epc_random_key(epc.keys[0])) {
+        snprintf(reason, reason_size, "address space for %zu pages can't be reserved",
+                 config->region_pages);
+        return false;
+    }
+    epc.key_count = 1;
+    pthread_mutex_init(&epc.lock, NULL);
+    queue_init(&epc.active);
+    queue_init(&epc.probation);
+    for (uint32_t slot = epc.slot_count; slot-- > 0;) {
+        epc.empty[epc.empty_count++] = slot;
+    }
+    if (!watch() || !start_threads()) {
+        snprintf(reason, reason_size, "the kernel does not let the region be watched: %s",
+                 strerror(errno));
+        return false;
+    }
+    calibrate(&config->costs);
+    atomic_store(&stats->magic, EPC_STATS_MAGIC);
+    return true;
+}
+
+void epc_before_fork(void) {
+    pthread_mutex_lock(&epc.lock);
+    while (epc.busy > 0) {
+        epc_wait(&epc.settled, "a page was busy for a minute");
+    }
+}
+
+void epc_after_fork_in_parent(void) { pthread_mutex_unlock(&epc.lock); }
+
+void epc_after_fork_in_child(struct epc_stats *stats) {
+    char reason[200];
+    close(epc.uffd);
+    pthread_mutex_init(&epc.lock, NULL);
+    uint64_t limit = epc_limit();
+    memcpy(stats, epc.stats, sizeof *stats);
+    publish(stats, limit);
+    if (epc.key_count == EPC_KEYS) {
+        epc_die("too many generations of forked processes; start the program anew");
+    }
+    if (!epc_random_key(epc.keys[epc.key_count++])) {
+        epc_die("no random key for the forked process");
+    }
+    epc.uffd = epc_uffd_open(reason, sizeof reason);
+    if (epc.uffd < 0 || !watch() || !start_threads()) {
+        epc_die("the forked process can't watch its memory");
+    }
+}

@@ -1,0 +1,130 @@
+#define _GNU_SOURCE
+#include "uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "seal.h"
+
+/* Debian 12's headers are older than the call. */
+#ifndef UFFDIO_MOVE
+struct uffdio_move {
+    __u64 dst, src, len, mode;
+    __s64 move;
+};
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#endif
+#ifndef UFFD_FEATURE_MOVE
+#define UFFD_FEATURE_MOVE (1u << 16)
+#endif
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+static int new_descriptor(void) {
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+    if (uffd >= 0 || errno != EPERM) {
+        return uffd;
+    }
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0) {
+        errno = EPERM;
+        return -1;
+    }
+    uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC);
+    close(device);
+    return uffd;
+}
+
+int epc_uffd_open(char *reason, size_t reason_size) {
+    int uffd = new_descriptor();
+    if (uffd < 0) {
+        snprintf(reason, reason_size,
+                 "userfaultfd: %s (run as root, set vm.unprivileged_userfaultfd=1, or allow "
+                 "/dev/userfaultfd)",
+                 strerror(errno));
+        return -1;
+    }
+    struct uffdio_api api = {.api = UFFD_API,
+                             .features = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MOVE};
+    if (ioctl(uffd, UFFDIO_API, &api) != 0) {
+        snprintf(reason, reason_size, "userfaultfd lacks UFFDIO_MOVE: Linux 6.8 or newer is needed");
+        close(uffd);
+        return -1;
+    }
+    return uffd;
+}
+
+bool epc_uffd_register(int uffd, void *start, size_t bytes) {
+    struct uffdio_register range = {.range = {(uintptr_t)start, bytes},
+                                    .mode = UFFDIO_REGISTER_MODE_MISSING};
+    return ioctl(uffd, UFFDIO_REGISTER, &range) == 0;
+}
+
+size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room) {
+    struct uffd_msg messages[16];
+    if (room > 16) {
+        room = 16;
+    }
+    ssize_t got = syscall(SYS_read, uffd, messages, room * sizeof *messages);
+    size_t found = 0;
+    for (size_t i = 0; got > 0 && i < (size_t)got / sizeof *messages; i++) {
+        if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
+            uintptr_t address = (uintptr_t)messages[i].arg.pagefault.address;
+            faults[found].address = address & ~(uintptr_t)(EPC_PAGE - 1);
+            faults[found].tid = messages[i].arg.pagefault.feat.ptid;
+            found++;
+        }
+    }
+    return found;
+}
+
+int epc_uffd_move(int uffd, void *to, void *from) {
+    for (;;) {
+        struct uffdio_move move = {.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = EPC_PAGE};
+        if (ioctl(uffd, UFFDIO_MOVE, &move) == 0) {
+            return 0;
+        }
+        if (errno != EAGAIN) {
+            return errno;
+        }
+    }
+}
+
+int epc_uffd_copy(int uffd, void *to, const void *from) {
+    for (;;) {
+        struct uffdio_copy copy = {.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = EPC_PAGE};
+        if (ioctl(uffd, UFFDIO_COPY, &copy) == 0) {
+            return 0;
+        }
+        if (errno != EAGAIN) {
+            return errno;
+        }
+    }
+}
+
+void epc_uffd_wake(int uffd, void *page) {
+    struct uffdio_range range = {(uintptr_t)page, EPC_PAGE};
+    ioctl(uffd, UFFDIO_WAKE, &range);
+}
+
+void *epc_reserve(size_t bytes) {
+    void *memory = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+void epc_discard(void *start, size_t bytes) {
+    syscall(SYS_madvise, start, bytes, MADV_DONTNEED);
+}
+
+void epc_small_pages(void *start, size_t bytes) {
+    syscall(SYS_madvise, start, bytes, MADV_NOHUGEPAGE);
+}
