@@ -8,7 +8,6 @@ and one for each batch in the enclave, which sends it and hands out the answers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from lasagna.server.fcfs import Batch, Fcfs, Places, backoff_s, may_wait
 from lasagna.server.lifecycle import (
     HostConfig,
     enclave_life,
+    ends_within,
     load_model,
     loaded_facts,
     read_facts,
@@ -193,17 +193,18 @@ class ModelHost:
         """
         self._set_status(State.STOPPED, "the server is shutting down")
         self._stopping = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s):
-                while not self._queue.idle and self._failure is None:
-                    await self._next_change()
-                if self._link is not None:
-                    await stop_enclave(self._link, self._config)
+        await ends_within(self._drain(), drain_s)
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
         self._refuse(list(self._tickets), self._shutting_down())
+
+    async def _drain(self) -> None:
+        while not self._queue.idle and self._failure is None:
+            await self._next_change()
+        if self._link is not None:
+            await stop_enclave(self._link, self._config)
 
     # The supervisor.
 

@@ -9,10 +9,10 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lasagna.enclave.messages import (
     DEFAULT_FRAME_LIMIT,
@@ -255,8 +255,27 @@ def _ending(code: int, process: RunningEnclave) -> str:
 async def _bury(process: RunningEnclave, grace_s: float) -> None:
     """Make sure that the process is gone."""
     try:
-        async with asyncio.timeout(grace_s):
-            await process.wait()
-    except TimeoutError:
+        await ends_within(process.wait(), grace_s)
+    finally:
         process.kill()
-        await process.wait()
+    await process.wait()
+
+
+async def ends_within(work: Coroutine[Any, Any, object], limit_s: float) -> bool:
+    """Run something for so long at most; tell whether it ended by itself.
+
+    Unlike ``asyncio.timeout`` also on the way out of a task that was cancelled: there that raises
+    CancelledError instead of TimeoutError in Python 3.11.2, which is Debian 12's, and whatever was
+    to follow does not happen.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=limit_s)
+    finally:
+        ended = task.done()
+        task.cancel()
+    if ended:
+        await task
+    else:
+        await asyncio.gather(task, return_exceptions=True)
+    return ended
