@@ -15,6 +15,7 @@
 
 static char directory[3072];
 static char file_name[4096];
+static uint64_t keep; /* the file, when the process has ended */
 
 _Noreturn void epc_host_refuse(const char *reason) {
     char message[512];
@@ -56,7 +57,8 @@ bool epc_host_config(struct epc_config *config) {
                    !number(item, "load_ns", 7, &config->costs.load_ns) &&
                    !number(item, "add_ns", 6, &config->costs.add_ns) &&
                    !number(item, "evict_ns", 8, &config->costs.evict_ns) &&
-                   !number(item, "entry_ns", 8, &config->costs.entry_ns)) {
+                   !number(item, "entry_ns", 8, &config->costs.entry_ns) &&
+                   !number(item, "keep", 4, &keep)) {
             epc_host_refuse(VARIABLE " has an unknown item; see native/epc/host.h");
         }
     }
@@ -66,7 +68,7 @@ bool epc_host_config(struct epc_config *config) {
 }
 
 static void remove_file(void) {
-    if (file_name[0] != '\0') {
+    if (file_name[0] != '\0' && !keep) {
         unlink(file_name);
     }
 }

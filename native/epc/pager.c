@@ -62,9 +62,9 @@ uint32_t epc_available(void) {
     uint32_t limit = epc_limit();
     if (epc.allocated > limit) {
         uint32_t excess = epc.allocated - limit;
-        return epc.frame_count > excess ? epc.frame_count - excess : 0;
+        return epc.frames.count > excess ? epc.frames.count - excess : 0;
     }
-    return epc.frame_count + (limit - epc.allocated);
+    return epc.frames.count + (limit - epc.allocated);
 }
 
 void epc_begin(uint32_t page) {
@@ -86,9 +86,11 @@ __attribute__((noinline, no_sanitize("thread"))) static void make_exclusive(char
 
 int epc_move(char *to, char *from) {
     for (int tries = 0;; tries++) {
-        int error = epc_uffd_move(epc.uffd, to, from);
-        if (error != EBUSY || tries == 4) {
-            return error;
+        if (epc_uffd_move(epc.uffd, to, from, 1) == 1) {
+            return 0;
+        }
+        if (errno != EBUSY || tries == 4) {
+            return errno;
         }
         make_exclusive(from);
     }
@@ -129,8 +131,8 @@ static uint32_t take_frame(void) {
         epc_wait(&epc.freed, "no page could be evicted for a minute: everything is pinned");
     }
     uint32_t slot = EPC_NONE;
-    if (epc.frame_count > 0) {
-        slot = epc.frames[--epc.frame_count];
+    if (epc.frames.count > 0) {
+        slot = ring_pop(&epc.frames);
     } else {
         epc.allocated++;
     }
@@ -150,7 +152,7 @@ static void second_chance(uint32_t number) {
         epc_die("a page on probation can't be mapped again");
     }
     pthread_mutex_lock(&epc.lock);
-    epc.empty[epc.empty_count++] = slot;
+    ring_push(&epc.empty, slot);
     queue_push(epc.pages, &epc.active, number);
     epc_settle(number, PAGE_MAPPED);
     EPC_ADD(second_chances, 1);
@@ -198,7 +200,7 @@ static void load(uint32_t number, struct epc_sealer *const *sealers, uint64_t st
 
     pthread_mutex_lock(&epc.lock);
     if (slot != EPC_NONE) {
-        epc.empty[epc.empty_count++] = slot;
+        ring_push(&epc.empty, slot);
     }
     queue_push(epc.pages, &epc.active, number);
     epc_settle(number, PAGE_MAPPED);
@@ -278,7 +280,7 @@ void epc_drop(size_t first, size_t count) {
             mapped++;
         } else if (page->state == PAGE_PROBATION) {
             queue_remove(epc.pages, &epc.probation, (uint32_t)i);
-            epc.frames[epc.frame_count++] = page->slot;
+            ring_push(&epc.frames, page->slot);
         } else if (page->state == PAGE_OUT) {
             atomic_fetch_sub_explicit(&epc.stats->evicted_pages, 1, memory_order_relaxed);
         }

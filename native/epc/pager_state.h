@@ -37,10 +37,8 @@ struct pager {
     pthread_cond_t freed;   /* for faults: a frame is free */
     pthread_cond_t settled; /* a page is no longer busy */
     struct page_queue active, probation;
-    uint32_t *frames; /* slots that hold a free frame */
-    uint32_t frame_count;
-    uint32_t *empty; /* slots that hold none */
-    uint32_t empty_count;
+    struct slot_ring frames; /* slots that hold a free frame */
+    struct slot_ring empty;  /* slots that hold none */
     uint32_t allocated; /* frames in all: mapped, on probation, free */
     uint32_t busy;      /* pages in transition */
     uint64_t next_version;
@@ -74,7 +72,7 @@ static inline unsigned char *epc_backing_address(uint32_t page) {
 void epc_begin(uint32_t page);
 void epc_settle(uint32_t page, enum page_state state);
 
-/* Move a page, where fork has left it shared with another process a copy of it. 0 or an error. */
+/* Move a page; 0 or an error. Where fork has left its frame shared, it is copied first. */
 int epc_move(char *to, char *from);
 
 /* The thread that resolves faults. */

@@ -63,4 +63,22 @@ static inline void queue_remove(struct page *pages, struct page_queue *queue, ui
     queue->count--;
 }
 
+/* Slots, in the order in which they came: so neighbours stay neighbours, and move at once. */
+struct slot_ring {
+    uint32_t *slots;
+    uint32_t room, first, count;
+};
+
+static inline void ring_push(struct slot_ring *ring, uint32_t slot) {
+    uint32_t at = ring->first + ring->count++;
+    ring->slots[at < ring->room ? at : at - ring->room] = slot;
+}
+
+static inline uint32_t ring_pop(struct slot_ring *ring) {
+    uint32_t slot = ring->slots[ring->first];
+    ring->first = ring->first + 1 < ring->room ? ring->first + 1 : 0;
+    ring->count--;
+    return slot;
+}
+
 #endif

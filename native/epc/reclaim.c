@@ -6,6 +6,25 @@
 #include "pager_state.h"
 #include "uffd.h"
 
+/* Move pages to slots. Neighbours that go to neighbours move at once: unmapping a page interrupts
+ * every core that runs the program, and so it is one interrupt for all. */
+static void move_out(const uint32_t *pages, const uint32_t *slots, int *errors, uint32_t count) {
+    for (uint32_t i = 0, run; i < count; i += run) {
+        run = 1;
+        while (i + run < count && pages[i + run] == pages[i] + run &&
+               slots[i + run] == slots[i] + run) {
+            run++;
+        }
+        size_t moved = epc_uffd_move(epc.uffd, epc_slot_address(slots[i]),
+                                     epc_page_address(pages[i]), run);
+        for (uint32_t k = 0; k < run; k++) { /* the rest one by one, to know what is wrong */
+            errors[i + k] = k < moved ? 0
+                                      : epc_move(epc_slot_address(slots[i + k]),
+                                                 epc_page_address(pages[i + k]));
+        }
+    }
+}
+
 /* Put up to two batches of the oldest mapped pages on probation. Lock held, released meanwhile. */
 static void age(void) {
     uint32_t chosen[2 * EPC_BATCH], slots[2 * EPC_BATCH];
@@ -14,9 +33,9 @@ static void age(void) {
     uint32_t wanted = mapped / 4 > EPC_BATCH ? mapped / 4 : EPC_BATCH;
     uint32_t count = 0;
     while (count < 2 * EPC_BATCH && epc.probation.count + count < wanted && epc.active.count > 0 &&
-           epc.empty_count > 0) {
+           epc.empty.count > 0) {
         chosen[count] = epc.active.head;
-        slots[count] = epc.empty[--epc.empty_count];
+        slots[count] = ring_pop(&epc.empty);
         queue_remove(epc.pages, &epc.active, chosen[count]);
         epc_begin(chosen[count]);
         count++;
@@ -26,9 +45,7 @@ static void age(void) {
     }
     pthread_mutex_unlock(&epc.lock);
     uint64_t begin = epc_now_ns();
-    for (uint32_t i = 0; i < count; i++) {
-        errors[i] = epc_move(epc_slot_address(slots[i]), epc_page_address(chosen[i]));
-    }
+    move_out(chosen, slots, errors, count);
     uint64_t spent = epc_now_ns() - begin;
     pthread_mutex_lock(&epc.lock);
     epc.aging_ns += spent;
@@ -40,7 +57,7 @@ static void age(void) {
             epc_settle(page, PAGE_PROBATION);
             continue;
         }
-        epc.empty[epc.empty_count++] = slots[i];
+        ring_push(&epc.empty, slots[i]);
         if (errors[i] == ENOENT) { /* the program took the page away by itself */
             epc.allocated--;
             epc_settle(page, PAGE_ABSENT);
@@ -78,10 +95,10 @@ static void evict_one(struct epc_sealer *sealer) {
     pthread_mutex_lock(&epc.lock);
     if (epc.allocated > epc_limit()) { /* the limit was lowered */
         epc_discard(epc_slot_address(entry->slot), EPC_PAGE);
-        epc.empty[epc.empty_count++] = entry->slot;
+        ring_push(&epc.empty, entry->slot);
         epc.allocated--;
     } else {
-        epc.frames[epc.frame_count++] = entry->slot;
+        ring_push(&epc.frames, entry->slot);
     }
     epc_settle(page, PAGE_OUT);
     EPC_ADD(evicted, 1);

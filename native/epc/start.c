@@ -55,17 +55,19 @@ static bool reserve_all(void) {
     epc.slots = epc_reserve((size_t)epc.slot_count * EPC_PAGE);
     epc.backing = epc_reserve(epc.region_pages * EPC_PAGE);
     epc.pages = epc_reserve(epc.region_pages * sizeof *epc.pages);
-    epc.frames = epc_reserve(epc.slot_count * sizeof *epc.frames);
-    epc.empty = epc_reserve(epc.slot_count * sizeof *epc.empty);
-    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.frames || !epc.empty) {
+    size_t ring_bytes = epc.slot_count * sizeof *epc.frames.slots;
+    epc.frames = (struct slot_ring){.slots = epc_reserve(ring_bytes), .room = epc.slot_count};
+    epc.empty = (struct slot_ring){.slots = epc_reserve(ring_bytes), .room = epc.slot_count};
+    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.frames.slots ||
+        !epc.empty.slots) {
         return false;
     }
     epc_note_own(epc.region, epc.region_pages * EPC_PAGE);
     epc_note_own(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
     epc_note_own(epc.backing, epc.region_pages * EPC_PAGE);
     epc_note_own(epc.pages, epc.region_pages * sizeof *epc.pages);
-    epc_note_own(epc.frames, epc.slot_count * sizeof *epc.frames);
-    epc_note_own(epc.empty, epc.slot_count * sizeof *epc.empty);
+    epc_note_own(epc.frames.slots, ring_bytes);
+    epc_note_own(epc.empty.slots, ring_bytes);
     /* An enclave's pages are small ones. */
     epc_small_pages(epc.region, epc.region_pages * EPC_PAGE);
     epc_small_pages(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
@@ -148,8 +150,8 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
     pthread_mutex_init(&epc.lock, NULL);
     queue_init(&epc.active);
     queue_init(&epc.probation);
-    for (uint32_t slot = epc.slot_count; slot-- > 0;) {
-        epc.empty[epc.empty_count++] = slot;
+    for (uint32_t slot = 0; slot < epc.slot_count; slot++) {
+        ring_push(&epc.empty, slot);
     }
     if (!watch() || !start_threads()) {
         snprintf(reason, reason_size, "the kernel does not let the region be watched: %s",

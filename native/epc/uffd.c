@@ -86,16 +86,20 @@ size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room) {
     return found;
 }
 
-int epc_uffd_move(int uffd, void *to, void *from) {
-    for (;;) {
-        struct uffdio_move move = {.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = EPC_PAGE};
-        if (ioctl(uffd, UFFDIO_MOVE, &move) == 0) {
-            return 0;
-        }
-        if (errno != EAGAIN) {
-            return errno;
+size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages) {
+    size_t done = 0;
+    while (done < pages) {
+        struct uffdio_move move = {.dst = (uintptr_t)to + done * EPC_PAGE,
+                                   .src = (uintptr_t)from + done * EPC_PAGE,
+                                   .len = (pages - done) * EPC_PAGE};
+        int failed = ioctl(uffd, UFFDIO_MOVE, &move);
+        if (move.move > 0) {
+            done += (size_t)move.move / EPC_PAGE;
+        } else if (failed != 0 && errno != EAGAIN) {
+            break;
         }
     }
+    return done;
 }
 
 int epc_uffd_copy(int uffd, void *to, const void *from) {

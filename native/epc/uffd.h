@@ -18,9 +18,10 @@ bool epc_uffd_register(int uffd, void *start, size_t bytes);
 /* Wait for faults; at most `room` of them. Returns how many, 0 when interrupted. */
 size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room);
 
-/* Move a page to an address that has none; its old address faults from then on. Returns 0 or an
- * error number: ENOENT, there is no page to move; EBUSY, the kernel holds it elsewhere too. */
-int epc_uffd_move(int uffd, void *to, void *from);
+/* Move pages to addresses that have none; their old addresses fault from then on. Returns how many
+ * were moved. Fewer than asked for: errno says why the next one was not. ENOENT, there is no page to
+ * move; EBUSY, the kernel holds it elsewhere too. */
+size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages);
 
 /* Map a new page with a copy of this content, and wake who waits for it. */
 int epc_uffd_copy(int uffd, void *to, const void *from);

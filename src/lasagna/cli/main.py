@@ -65,6 +65,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "measure": Command(
         "lasagna.cli.measure:measure", "Print the measurement of this version's enclave code."
     ),
+    "epc": Command(
+        "lasagna.cli.epc:app", "Run any program with an enclave's memory limit, and watch it page."
+    ),
     "insecure-broker": Command(
         "lasagna.cli.broker:insecure_broker",
         "Release models' keys to allowed enclaves; for development.",

@@ -1,0 +1,237 @@
+"""``lasagna epc``: any program in an emulated EPC."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lasagna.errors import UsageError
+from lasagna.tee.epc import CANNOT_START, emulator_environment, stats_folder
+from lasagna.tee.epc_profiles import ENDS, End, profile, profiles
+from lasagna.tee.epc_stats import EpcStats, StatsFile, processes, stats_path
+from lasagna.units import PAGE, format_bytes, parse_bytes
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Run any program with an enclave's memory limit, and watch it page.",
+)
+WARNING: Final = "emulated EPC: real page traffic, charged as published; it protects nothing"
+NOT_FOUND: Final = 127
+NOT_RUNNABLE: Final = 126
+
+
+@app.command("run", context_settings={"ignore_unknown_options": True})
+def run(
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments, after --.")],
+    *,
+    profile_name: Annotated[
+        str, typer.Option("--profile", help="Whose limit and costs; see 'lasagna epc profiles'.")
+    ] = "sgx1-128",
+    end: Annotated[
+        str, typer.Option(help="Of each published range: low, typical or high.")
+    ] = "typical",
+    limit: Annotated[
+        str, typer.Option(help="Resident memory instead of the profile's, as 64MiB.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Report as JSON, on stderr.")] = False,
+) -> None:
+    """Run a program with the memory limit and the page costs of an enclave.
+
+    Its large allocations share so many resident pages; beyond that, pages are encrypted and moved
+    out, and decrypted, checked and moved in when touched. A report follows on standard error. The
+    exit status is the program's; 125 if it can't run emulated.
+    """
+    costs = profile(profile_name).costs(_end(end))
+    pages = parse_bytes(limit) // PAGE if limit else None
+    folder = stats_folder()
+    environment = os.environ | emulator_environment(costs, folder, pages, keep=True)
+    begin = time.perf_counter()
+    try:
+        child = subprocess.Popen(command, env=environment)
+    except FileNotFoundError:
+        raise _Failed(f"there is no program {command[0]!r}", NOT_FOUND) from None
+    except OSError as error:
+        raise _Failed(f"{command[0]} can't be run: {error.strerror}", NOT_RUNNABLE) from None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    # Ctrl-C reaches the program by itself: the terminal sends it to both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, pass_on)
+    status = child.wait()
+    seconds = time.perf_counter() - begin
+    path = stats_path(folder, child.pid)
+    if status != CANNOT_START and path.exists():
+        _report(StatsFile(path).read(), seconds, as_json=as_json)
+    path.unlink(missing_ok=True)
+    raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+class _Failed(typer.Exit):
+    """Say why on standard error, and end with this status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+        super().__init__(status)
+
+
+def _end(text: str) -> End:
+    for end in ENDS:
+        if text == end:
+            return end
+    raise UsageError(f"--end is one of {', '.join(ENDS)}, not {text!r}")
+
+
+def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
+    """What a program did in the EPC, for people and for JSON."""
+    latency = stats["own_latency_ns"] + stats["own_load_ns"]
+    return {
+        "emulated": True,
+        "seconds": seconds,
+        "limit_bytes": stats["limit_pages"] * PAGE,
+        "peak_resident_bytes": stats["peak_resident_pages"] * PAGE,
+        "pages_added": stats["added"],
+        "pages_loaded": stats["loaded"],
+        "pages_evicted": stats["evicted"],
+        "second_chances": stats["second_chances"],
+        "faults_that_waited_for_a_frame": stats["waits"],
+        "paging_s": stats["load_ns"] / 1e9,
+        "reclaimer_s": stats["evict_ns"] / 1e9,
+        "transitions": stats["entries"],
+        "transitions_s": stats["entries"] * stats["entry_ns"] / 1e9,
+        "charge_of_a_load_ns": stats["charge_load_ns"],
+        "own_cost_of_a_load_ns": latency,
+        "charge_of_an_eviction_ns": stats["charge_evict_ns"],
+        "own_cost_of_an_eviction_ns": stats["own_evict_ns"],
+        "loads_above_their_charge": stats["late_loads"],
+        "evictions_above_their_charge": stats["late_evicts"],
+    }
+
+
+def _report(stats: EpcStats, seconds: float, *, as_json: bool) -> None:
+    facts = summary(stats, seconds)
+    if as_json:
+        typer.echo(msgspec.json.encode(facts).decode(), err=True)
+        return
+    table = Table(title=Text(WARNING), title_justify="left", show_header=False)
+    for name, value in facts.items():
+        if name == "emulated":
+            continue
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        if name.endswith("_bytes") and isinstance(value, int):
+            shown = format_bytes(value)
+        label = name.removesuffix("_bytes").replace("_s", " s") if name.endswith("_s") else name
+        table.add_row(label.removesuffix("_bytes").replace("_", " "), shown)
+    console = Console(stderr=True)
+    console.print(table)
+    late, loads = stats["late_loads"], stats["loaded"] + stats["added"]
+    if loads and late * 10 > loads:
+        console.print(
+            f"note: {late:,} of {loads:,} faults took longer here than the profile charges, so "
+            "paging is slower than it would be there",
+            style="yellow",
+        )
+
+
+@app.command("top")
+def top(
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it once, as JSON.")] = False,
+) -> None:
+    """Show what all emulated processes of yours do, once a second. Ctrl-C ends it."""
+    folder = stats_folder()
+    if as_json:
+        found = {file.path.stem: file.read().counters for file in processes(folder)}
+        typer.echo(msgspec.json.encode(found).decode())
+        return
+    console = Console()
+    before = _sample(folder)
+    if once:
+        console.print(_top(before, before, 1.0))
+        return
+    begin = time.monotonic()
+    try:
+        with Live(_top(before, before, 1.0), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(1.0)
+                now, end = _sample(folder), time.monotonic()
+                live.update(_top(now, before, end - begin), refresh=True)
+                before, begin = now, end
+    except KeyboardInterrupt:
+        return
+
+
+def _sample(folder: Path) -> dict[int, EpcStats]:
+    return {int(file.path.stem): file.read() for file in processes(folder)}
+
+
+def _top(now: Mapping[int, EpcStats], before: Mapping[int, EpcStats], seconds: float) -> Table:
+    table = Table(title=Text(WARNING), title_justify="left")
+    for heading in ("pid", "program", "resident", "limit", "loads/s", "evictions/s", "paging"):
+        table.add_column(heading, justify="left" if heading == "program" else "right")
+    for pid, stats in now.items():
+        earlier = before.get(pid, stats)
+
+        def rate(name: str, stats: EpcStats = stats, earlier: EpcStats = earlier) -> float:
+            return (stats[name] - earlier[name]) / seconds
+
+        table.add_row(
+            str(pid),
+            Text(_program(pid)),
+            format_bytes(stats["resident_pages"] * PAGE),
+            format_bytes(stats["limit_pages"] * PAGE),
+            f"{rate('loaded') + rate('added'):,.0f}",
+            f"{rate('evicted'):,.0f}",
+            f"{rate('load_ns') / 1e7:.0f} %",
+        )
+    return table
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "?"
+
+
+@app.command("profiles")
+def show_profiles(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False
+) -> None:
+    """Show the profiles: what is charged, its range, and where that is from."""
+    if as_json:
+        typer.echo(msgspec.json.encode(profiles()).decode())
+        return
+    console = Console()
+    for name, one in profiles().items():
+        table = Table(title=f"{name}: {one.summary}", title_justify="left")
+        for heading in ("figure", "value", "low", "high", "grade", "source"):
+            table.add_column(
+                heading, justify="right" if heading in ("value", "low", "high") else "left"
+            )
+        for field in one.__struct_fields__[1:]:
+            figure = getattr(one, field)
+            ends = [
+                f"{figure.at(end):,g}"
+                if figure.at(end) < 1e6
+                else format_bytes(int(figure.at(end)))
+                for end in ("typical", "low", "high")
+            ]
+            table.add_row(field, *ends, figure.grade, figure.source)
+        console.print(table)
