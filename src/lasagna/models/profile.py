@@ -7,7 +7,7 @@ and the smallest size it runs with is what it needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -33,7 +33,7 @@ TIMING_BUDGET_S: Final = 0.15
 class Profile:
     """What ``SliceFacts`` says of a slice: bytes and seconds for each of ``PROFILE_BATCHES``.
 
-    Seconds are measured at each; bytes at batch 1 and 2, and extended in a straight line, since
+    Seconds are measured at each; bytes at batch 1 and 2, and estimated from above for more, since
     every size of the arena that is tried takes a session and two runs. Loading tries the largest
     batch.
     """
@@ -70,10 +70,7 @@ def profile_slice(
     for rows in tried:
         feeds, results = _rows(piece, tensors, rows, rng)
         needs.append(_workspace(piece.model, {**feeds, **weights}, results, held * rows))
-    per_row = max(0, needs[-1] - needs[0]) if batchable else 0
-    workspace = tuple(
-        needs[0] + per_row * (b - 1) if batchable else needs[0] for b in PROFILE_BATCHES
-    )
+    workspace = extend(needs)
     if not timed:
         return Profile(workspace, ())
     set_workspace_arena(max(workspace) * 2)
@@ -93,6 +90,20 @@ def profile_slice(
         seconds.append(median(runs))
     seconds += [seconds[0]] * (len(PROFILE_BATCHES) - len(seconds))
     return Profile(workspace, tuple(seconds))
+
+
+def extend(needs: Sequence[int]) -> tuple[int, ...]:
+    """Workspace for each of ``PROFILE_BATCHES``, from what one and two rows were found to need.
+
+    What was found is up to ``GROWTH`` times too much, so a line through both may be too flat.
+    Half of what two rows need is never less than what one row adds.
+
+    Args:
+        needs: bytes for one row; and for two, of a model that can be batched.
+    """
+    per_row = -(-needs[1] // 2) if len(needs) > 1 else 0
+    measured = dict(zip(PROFILE_BATCHES, needs, strict=False))
+    return tuple(measured.get(b, needs[0] + per_row * (b - 1)) for b in PROFILE_BATCHES)
 
 
 def _rows(

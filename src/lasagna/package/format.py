@@ -98,7 +98,7 @@ class SliceFacts(_Record, frozen=True):
     layers: _Index
     workspace: tuple[_Count, ...]
     """Bytes that ONNX Runtime allocates while running, for each of ``PROFILE_BATCHES``: measured at
-    batch 1 and 2, extended from these in a straight line."""
+    batch 1 and 2, estimated from above for the others."""
     compute_s: tuple[_Seconds, ...]
     """Seconds on one thread of the sealing machine, for each of ``PROFILE_BATCHES``, or empty."""
 
