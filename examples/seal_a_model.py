@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from lasagna.cli.keygen import create_owner_key, read_owner_key
+from lasagna.errors import LasagnaError
 from lasagna.models.seal import SealOptions, seal
 from lasagna.models.source import load_source
 from lasagna.package.reader import OpenPackage, Package
@@ -25,7 +26,11 @@ owner = read_owner_key(owner_file) if owner_file.exists() else create_owner_key(
 key_file.touch(mode=0o600, exist_ok=False)  # readable by its owner alone from its first byte on
 
 options = SealOptions(slice_bytes=512 * 1024)  # the smaller the slices, the smaller the enclave
-keys, report = seal(load_source(path), path.stem, owner, package_file, options)
+try:
+    keys, report = seal(load_source(path), path.stem, owner, package_file, options)
+except (LasagnaError, OSError) as error:
+    key_file.unlink()
+    sys.exit(f"error: {error}")
 key_file.write_bytes(encode_model_keys(keys))
 difference = max(report.self_check.values())
 print(f"sealed {report.file_bytes} bytes; differs from ONNX Runtime by {difference:.0e} at most")

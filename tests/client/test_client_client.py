@@ -156,7 +156,7 @@ def test_another_measurement_is_refused(wire: Wire) -> None:
 def test_another_broker_is_refused(wire: Wire) -> None:
     with (
         client_of(wire, brokers=[b"o" * 32]) as client,
-        pytest.raises(EvidenceError, match="comes from broker"),
+        pytest.raises(EvidenceError, match="come from broker"),
     ):
         client.infer("twin", {"x": X})
     assert wire.asked == VERIFY

@@ -214,7 +214,7 @@ def test_secrets_of_a_broker_of_the_hosts_own_show_in_the_enclaves_claims() -> N
     host_public = HOST.public_key().public_bytes_raw()
     released = open_grant(pending, host_answers(pending, host_public, HOST))
     document = decode_attested(attest(released.service_claims(), QUOTER))
-    with pytest.raises(EvidenceError, match="comes from broker"):
+    with pytest.raises(EvidenceError, match="come from broker"):
         verify_service(
             document.evidence,
             document.claims,

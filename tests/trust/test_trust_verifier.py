@@ -245,7 +245,7 @@ def test_a_nonce_that_is_none_is_the_callers_mistake(nonce: bytes) -> None:
 
 def test_a_genuine_enclave_of_an_unknown_broker_is_refused() -> None:
     """See test_trust_attacks_release.py for the attack that this stops."""
-    with pytest.raises(EvidenceError, match=r"comes from broker 6262.*trusted: 7878"):
+    with pytest.raises(EvidenceError, match=r"come from broker 6262.*trusted: 7878"):
         verify(attested(SERVICE), brokers={b"x" * 32})
 
 

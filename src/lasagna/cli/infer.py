@@ -82,6 +82,8 @@ def _read_input(text: str) -> tuple[str, NDArray[Any]]:
         )
     try:
         return name, np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"input {name!r}: can't read {path}: {error.strerror}") from None
     except (ValueError, EOFError):
         raise UsageError(f"input {name!r}: {path} is not a readable .npy file") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from typing import Annotated
@@ -47,7 +48,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"can't listen on {host}, port {port}: {error}") from None
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        hint = ": stop what uses it, or give another --port" if taken else ""
+        raise UsageError(f"can't listen on {host}, port {port}: {error}{hint}") from None
     # Connections inherit it. asyncio sets it only for sockets whose protocol number it was told,
     # and an answer in two writes then waits 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -224,7 +224,7 @@ async def _show(host: ModelHost) -> None:
         f"model {host.name}: ready: {format_bytes(plan.weight_bytes)} of weights in "
         f"{plan.slices} slice{'s' * (plan.slices != 1)}, "
         f"{format_bytes(plan.pinned_bytes)} pinned; {format_bytes(plan.total_bytes)} of enclave "
-        f"memory; up to {plan.max_batch} rows a batch"
+        f"memory; batches of up to {plan.max_batch} row{'s' * (plan.max_batch != 1)}"
     )
 
 

@@ -276,7 +276,8 @@ def _require_short(body: bytearray, ask: Ask) -> None:
 
 def _unreachable(url: httpx.URL, error: httpx.HTTPError) -> ServiceError:
     reason = str(error) or type(error).__name__
-    return ServiceError(f"the server at {url} can't be reached: {reason}", 0)
+    hint = "; is lasagna serve running there?" if isinstance(error, httpx.ConnectError) else ""
+    return ServiceError(f"the server at {url} can't be reached: {reason}{hint}", 0)
 
 
 def _reply(answer: httpx.Response, body: bytearray) -> Reply:

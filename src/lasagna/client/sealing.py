@@ -138,12 +138,12 @@ def check_inputs(facts: SealedFacts, inputs: Mapping[str, ArrayLike]) -> tuple[i
     """
     names = [spec.name for spec in facts.inputs]
     listed = ", ".join(repr(name) for name in names)
-    for name in names:
-        if name not in inputs:
-            raise InvalidInputError(f"input {name!r} is missing; the model takes {listed}")
     for name in inputs:
         if name not in names:
             raise InvalidInputError(f"there is no input {name!r}; the model takes {listed}")
+    for name in names:
+        if name not in inputs:
+            raise InvalidInputError(f"input {name!r} is missing; the model takes {listed}")
     arrays = [_checked(spec, np.asarray(inputs[spec.name]), facts) for spec in facts.inputs]
     counts = [len(a) // spec.row_shape[0] for a, spec in zip(arrays, facts.inputs, strict=True)]
     rows = counts[0]

@@ -29,7 +29,7 @@ from lasagna.package.format import (
     SliceFacts,
     Variant,
 )
-from lasagna.units import MIB, format_bytes
+from lasagna.units import format_bytes
 
 RING_SLOTS: Final = 3
 """One slot in use, one ready, one being filled. Beside pinned slices more do not pay: look-ahead
@@ -294,14 +294,14 @@ def _shortage(variant: Variant, budget: int, threads: int, name: str) -> str:
     slot = aligned(variant.slices[heavy].weight_bytes)
     need = fixed.total + slot
     each = f"{threads} x " if threads > 1 else ""
+    rounded_up = -(-need // 10_000) / 100
     return (
-        f"{name!r} ({variant.name}) needs at least {need} bytes at batch 1, the budget is "
-        f"{budget}: activations {each}{fixed.activations} (slice {wide}), "
-        f"workspace {fixed.workspace} (slice {busy}), "
-        f"weights of one slice {slot} (slice {heavy}), "
-        f"staging {fixed.staging * fixed.staging_count}. Start the enclave with "
-        f"{format_bytes(-(-need // MIB) * MIB)} or more, or seal with smaller --slice-bytes "
-        "or --memory-bytes"
+        f"{name!r} ({variant.name}) needs a budget of {rounded_up:.2f} MB or more, it has "
+        f"{format_bytes(budget)}. At batch 1 it takes {fixed.activations} bytes {each}for "
+        f"activations (slice {wide} has the most), {fixed.workspace} for workspace "
+        f"(slice {busy}), {slot} for the weights of one slice (slice {heavy}) and "
+        f"{fixed.staging * fixed.staging_count} for ciphertext. To need less, seal with smaller "
+        "--slice-bytes or --memory-bytes"
     )
 
 

@@ -225,7 +225,9 @@ class ModelHost:
                 _log.exception("%s: a bug in the host", self.name)
                 self._failure = EnclaveError(f"internal error of the host: {error!r}")
         if self._failure is not None:
-            _log.error("%s: failed: %s", self.name, self._failure)
+            # A model that was never ready has somebody who waits for it to settle, and is told.
+            level = logging.DEBUG if self._facts.plan is None else logging.ERROR
+            _log.log(level, "%s: failed: %s", self.name, self._failure)
             self._refuse(self._queue.abandon(), self._failure)
             self._set_status(State.FAILED, str(self._failure))
 

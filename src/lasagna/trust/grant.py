@@ -91,4 +91,7 @@ def _find(keys: Iterable[KeyBundle], package_id: bytes) -> KeyBundle:
     for bundle in keys:
         if hmac.compare_digest(bundle.model.package_id, package_id):
             return bundle
-    raise KeyRefusedError(f"this broker has no keys for package {package_id.hex()}")
+    raise KeyRefusedError(
+        f"this broker has no keys for package {package_id.hex()}: its key file was not given to "
+        "the broker, or is of an earlier seal"
+    )

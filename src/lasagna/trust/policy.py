@@ -98,7 +98,12 @@ class MeasurementIn:
 
     def verify(self, report: Report) -> None:
         """Compare the measurement."""
-        _require_member("measurement", report.measurement, self.allowed)
+        _require_member(
+            "measurement",
+            report.measurement,
+            self.allowed,
+            "if the enclave runs the version that you trust, that is what lasagna measure prints",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +175,9 @@ def _require_digests(name: str, values: frozenset[bytes]) -> None:
             raise UsageError(f"{name} takes values of 32 bytes; one has {len(value)}")
 
 
-def _require_member(name: str, found: bytes, allowed: frozenset[bytes]) -> None:
+def _require_member(name: str, found: bytes, allowed: frozenset[bytes], hint: str = "") -> None:
     matches = [hmac.compare_digest(found, value) for value in allowed]
     if not any(matches):
         listed = ", ".join(sorted(value.hex() for value in allowed))
-        raise EvidenceError(f"{name} {found.hex()} is not allowed; allowed: {listed}")
+        reason = f"{name} {found.hex()} is not allowed; allowed: {listed}"
+        raise EvidenceError(f"{reason} ({hint})" if hint else reason)

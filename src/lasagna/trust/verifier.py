@@ -77,7 +77,7 @@ def verify_service(
     if not any(hmac.compare_digest(service.broker, broker) for broker in brokers):
         listed = ", ".join(sorted(broker.hex() for broker in brokers))
         raise EvidenceError(
-            f"the service's secret comes from broker {service.broker.hex()}; trusted: {listed}"
+            f"the service's keys come from broker {service.broker.hex()}; trusted: {listed}"
         )
     return service
 
@@ -143,7 +143,8 @@ def _appraise(evidence: Evidence, now: UnixSeconds, insecure_allow_emulated: boo
         case InsecureEmulatedEvidence(quote):
             if not insecure_allow_emulated:
                 raise EvidenceError(
-                    "the evidence is emulated: no processor vouches for it, anyone can write it"
+                    "the evidence is emulated: no processor vouches for it, anyone can write it. "
+                    "Only insecure_allow_emulated (--insecure-allow-emulated) accepts that"
                 )
             return Report(
                 kind="insecure-emulated",
