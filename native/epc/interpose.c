@@ -60,9 +60,6 @@ __attribute__((constructor)) static void start(void) {
     if (!epc_pager_start(&config, stats, reason, sizeof reason)) {
         epc_host_refuse(reason);
     }
-    if (!epc_region_start()) {
-        epc_host_refuse("no address space for the allocator");
-    }
     /* First among all handlers, so that nobody touches the region in a child before we watch it. */
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     active = true;

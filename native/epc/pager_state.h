@@ -1,4 +1,4 @@
-/* The pager's state, and what its parts call of each other. Private to pager.c, reclaim.c. */
+/* The pager's state, and what its parts call of each other. Private to the pager. */
 #ifndef LASAGNA_EPC_PAGER_STATE_H
 #define LASAGNA_EPC_PAGER_STATE_H
 
@@ -21,7 +21,7 @@ struct pager {
     /* Set at the start. */
     char *region;
     size_t region_pages;
-    char *slots; /* frames that are not mapped in the region lie here */
+    char *slots; /* pages on probation lie here */
     uint32_t slot_count;
     unsigned char *backing; /* ciphertext of page i at i * EPC_PAGE */
     struct page *pages;
@@ -37,13 +37,12 @@ struct pager {
     pthread_cond_t freed;   /* for faults: a frame is free */
     pthread_cond_t settled; /* a page is no longer busy */
     struct page_queue active, probation;
-    struct slot_ring frames; /* slots that hold a free frame */
-    struct slot_ring empty;  /* slots that hold none */
-    uint32_t allocated; /* frames in all: mapped, on probation, free */
-    uint32_t busy;      /* pages in transition */
+    struct page_queue out; /* in the order of their eviction: what to guess from */
+    struct slot_set empty;
+    uint32_t allocated; /* frames in use: mapped, on probation, promised to a fault */
+    uint32_t busy;      /* pages in transition, and batches of frames that are given up */
     uint64_t next_version;
-    uint64_t aging_ns; /* spent on unmapping, and not yet part of an eviction's cost */
-    uint64_t debt_ns;  /* what second chances cost that hardware would not have */
+    uint64_t debt_ns;  /* what faults took above their charge, to be made good by later ones */
 };
 
 extern struct pager epc;
@@ -55,7 +54,7 @@ extern struct pager epc;
 
 /* Pages that may be resident now; the host may change it. */
 uint32_t epc_limit(void);
-/* Frames that can be given out at once. Lock held. */
+/* Frames that can be given out. Lock held. */
 uint32_t epc_available(void);
 
 static inline char *epc_page_address(uint32_t page) {
@@ -72,8 +71,13 @@ static inline unsigned char *epc_backing_address(uint32_t page) {
 void epc_begin(uint32_t page);
 void epc_settle(uint32_t page, enum page_state state);
 
-/* Move a page; 0 or an error. Where fork has left its frame shared, it is copied first. */
-int epc_move(char *to, char *from);
+/* Move pages, each with 0 or an error. Neighbours that go to neighbours move at once: unmapping
+ * interrupts every core that runs the program, and so it is one interrupt for all. Where fork has left
+ * a frame shared, it is copied first. */
+void epc_move(char *const *to, char *const *from, int *errors, uint32_t count);
+
+/* Publish how many pages are resident. Lock held. */
+void epc_note_levels(void);
 
 /* The thread that resolves faults. */
 void *epc_handle_faults(void *unused);
@@ -84,8 +88,8 @@ void *epc_reclaim(void *unused);
 /* Note memory of the emulator in the statistics. */
 void epc_note_own(const void *start, size_t bytes);
 
-/* Spin until this time; false when it has passed already. */
-bool epc_spin_until(uint64_t time_ns);
+/* Spin until this time, if it has not passed already. */
+void epc_spin_until(uint64_t time_ns);
 
 /* Wait, and end the process if nothing comes for a minute. Lock held. */
 void epc_wait(pthread_cond_t *condition, const char *what);

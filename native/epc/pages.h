@@ -63,22 +63,37 @@ static inline void queue_remove(struct page *pages, struct page_queue *queue, ui
     queue->count--;
 }
 
-/* Slots, in the order in which they came: so neighbours stay neighbours, and move at once. */
-struct slot_ring {
-    uint32_t *slots;
-    uint32_t room, first, count;
-};
-
-static inline void ring_push(struct slot_ring *ring, uint32_t slot) {
-    uint32_t at = ring->first + ring->count++;
-    ring->slots[at < ring->room ? at : at - ring->room] = slot;
+/* Ascending; for the few pages of a batch. */
+static inline void epc_sort(uint32_t *values, uint32_t count) {
+    for (uint32_t i = 1; i < count; i++) {
+        uint32_t value = values[i], place = i;
+        for (; place > 0 && values[place - 1] > value; place--) {
+            values[place] = values[place - 1];
+        }
+        values[place] = value;
+    }
 }
 
-static inline uint32_t ring_pop(struct slot_ring *ring) {
-    uint32_t slot = ring->slots[ring->first];
-    ring->first = ring->first + 1 < ring->room ? ring->first + 1 : 0;
-    ring->count--;
-    return slot;
+/* Slots that hold no page. They are taken in the order of their addresses, round and round: so those
+ * that are taken together are neighbours. */
+struct slot_set {
+    uint8_t *taken;
+    uint32_t room, cursor, free;
+};
+
+/* There must be a free one. */
+static inline uint32_t slot_take(struct slot_set *slots) {
+    while (slots->taken[slots->cursor]) {
+        slots->cursor = slots->cursor + 1 < slots->room ? slots->cursor + 1 : 0;
+    }
+    slots->taken[slots->cursor] = 1;
+    slots->free--;
+    return slots->cursor;
+}
+
+static inline void slot_give(struct slot_set *slots, uint32_t slot) {
+    slots->taken[slot] = 0;
+    slots->free++;
 }
 
 #endif

@@ -6,36 +6,18 @@
 #include "pager_state.h"
 #include "uffd.h"
 
-/* Move pages to slots. Neighbours that go to neighbours move at once: unmapping a page interrupts
- * every core that runs the program, and so it is one interrupt for all. */
-static void move_out(const uint32_t *pages, const uint32_t *slots, int *errors, uint32_t count) {
-    for (uint32_t i = 0, run; i < count; i += run) {
-        run = 1;
-        while (i + run < count && pages[i + run] == pages[i] + run &&
-               slots[i + run] == slots[i] + run) {
-            run++;
-        }
-        size_t moved = epc_uffd_move(epc.uffd, epc_slot_address(slots[i]),
-                                     epc_page_address(pages[i]), run);
-        for (uint32_t k = 0; k < run; k++) { /* the rest one by one, to know what is wrong */
-            errors[i + k] = k < moved ? 0
-                                      : epc_move(epc_slot_address(slots[i + k]),
-                                                 epc_page_address(pages[i + k]));
-        }
-    }
-}
-
 /* Put up to two batches of the oldest mapped pages on probation. Lock held, released meanwhile. */
 static void age(void) {
-    uint32_t chosen[2 * EPC_BATCH], slots[2 * EPC_BATCH];
+    uint32_t chosen[2 * EPC_BATCH], sorted[2 * EPC_BATCH], slots[2 * EPC_BATCH];
+    char *to[2 * EPC_BATCH], *from[2 * EPC_BATCH];
     int errors[2 * EPC_BATCH];
     uint32_t mapped = epc.active.count;
     uint32_t wanted = mapped / 4 > EPC_BATCH ? mapped / 4 : EPC_BATCH;
     uint32_t count = 0;
     while (count < 2 * EPC_BATCH && epc.probation.count + count < wanted && epc.active.count > 0 &&
-           epc.empty.count > 0) {
-        chosen[count] = epc.active.head;
-        slots[count] = ring_pop(&epc.empty);
+           epc.empty.free > 0) {
+        chosen[count] = sorted[count] = epc.active.head;
+        slots[count] = slot_take(&epc.empty);
         queue_remove(epc.pages, &epc.active, chosen[count]);
         epc_begin(chosen[count]);
         count++;
@@ -44,95 +26,142 @@ static void age(void) {
         return;
     }
     pthread_mutex_unlock(&epc.lock);
-    uint64_t begin = epc_now_ns();
-    move_out(chosen, slots, errors, count);
-    uint64_t spent = epc_now_ns() - begin;
-    pthread_mutex_lock(&epc.lock);
-    epc.aging_ns += spent;
+    epc_sort(sorted, count); /* so that neighbours move at once */
+    epc_sort(slots, count);
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t page = chosen[i];
+        from[i] = epc_page_address(sorted[i]);
+        to[i] = epc_slot_address(slots[i]);
+    }
+    epc_move(to, from, errors, count);
+    pthread_mutex_lock(&epc.lock);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t page = sorted[i];
         if (errors[i] == 0) {
             epc.pages[page].slot = slots[i];
-            queue_push(epc.pages, &epc.probation, page);
             epc_settle(page, PAGE_PROBATION);
             continue;
         }
-        ring_push(&epc.empty, slots[i]);
+        slot_give(&epc.empty, slots[i]);
         if (errors[i] == ENOENT) { /* the program took the page away by itself */
             epc.allocated--;
             epc_settle(page, PAGE_ABSENT);
         } else { /* pinned by the kernel, for a transfer: not now */
-            queue_push(epc.pages, &epc.active, page);
             epc_settle(page, PAGE_MAPPED);
+        }
+    }
+    for (uint32_t i = 0; i < count; i++) { /* in their old order */
+        uint8_t state = epc.pages[chosen[i]].state;
+        if (state != PAGE_ABSENT) {
+            queue_push(epc.pages, state == PAGE_MAPPED ? &epc.active : &epc.probation, chosen[i]);
         }
     }
 }
 
-/* Encrypt the oldest page on probation and free its frame. Lock held, released meanwhile. */
-static void evict_one(struct epc_sealer *sealer) {
+/* A reclaimer, and the time that it has worked for. An eviction takes its charge from the end of the
+ * one before, so aging and waiting for the lock are parts of it. */
+struct reclaimer {
+    struct epc_sealer *sealer;
+    uint64_t charged_until; /* evictions so far have been paid for up to here */
+    uint64_t last;          /* when the last one ended */
+};
+
+/* Take what an eviction is charged; false if it has taken longer already. A batch is unmapped before its
+ * first page is encrypted, so an eviction may be as late as that: the next ones catch up. */
+static bool charge_eviction(struct reclaimer *self) {
+    uint64_t charge = epc.costs.evict_ns, now = epc_now_ns();
+    self->charged_until += charge;
+    if (self->charged_until + EPC_BATCH * charge < now) {
+        self->charged_until = now;
+        return charge == 0;
+    }
+    epc_spin_until(self->charged_until);
+    return true;
+}
+
+/* Encrypt the oldest page on probation; its slot. Lock held, released meanwhile. */
+static uint32_t evict_one(struct reclaimer *self) {
     uint32_t page = epc.probation.head;
     struct page *entry = &epc.pages[page];
+    uint32_t slot = entry->slot;
     queue_remove(epc.pages, &epc.probation, page);
     epc_begin(page);
     entry->version = ++epc.next_version;
     entry->key = (uint8_t)(epc.key_count - 1);
-    /* Unmapping is a part of an eviction. It was done for many pages at once: each pays its share,
-     * as far as that is known. */
-    uint64_t share = epc.aging_ns / EPC_BATCH;
-    epc.aging_ns -= share;
     pthread_mutex_unlock(&epc.lock);
 
-    uint64_t start = epc_now_ns() - share;
-    if (!epc_seal(sealer, page, entry->version,
-                  (const unsigned char *)epc_slot_address(entry->slot), epc_backing_address(page),
-                  entry->tag)) {
+    if (!epc_seal(self->sealer, page, entry->version, (const unsigned char *)epc_slot_address(slot),
+                  epc_backing_address(page), entry->tag)) {
         epc_die("libcrypto can't encrypt a page");
     }
-    uint64_t charge = epc.costs.evict_ns;
-    bool late = charge > 0 && !epc_spin_until(start + charge);
-    uint64_t spent = epc_now_ns() - start;
+    bool in_time = charge_eviction(self);
+    uint64_t now = epc_now_ns(), spent = now - self->last;
+    self->last = now;
 
     pthread_mutex_lock(&epc.lock);
-    if (epc.allocated > epc_limit()) { /* the limit was lowered */
-        epc_discard(epc_slot_address(entry->slot), EPC_PAGE);
-        ring_push(&epc.empty, entry->slot);
-        epc.allocated--;
-    } else {
-        ring_push(&epc.frames, entry->slot);
-    }
+    queue_push(epc.pages, &epc.out, page);
     epc_settle(page, PAGE_OUT);
     EPC_ADD(evicted, 1);
-    EPC_ADD(evicted_pages, 1);
     EPC_ADD(evict_ns, spent);
-    EPC_ADD(late_evicts, late);
-    pthread_cond_broadcast(&epc.freed);
+    EPC_ADD(late_evicts, !in_time);
+    return slot;
 }
 
-static bool evict_batch(struct epc_sealer *sealer) {
-    age();
-    uint32_t count = 0;
-    while (count < EPC_BATCH && epc.probation.count > 0) {
-        evict_one(sealer);
-        count++;
+/* Give up what the slots hold, neighbours at once. */
+static void free_frames(uint32_t *slots, uint32_t count) {
+    epc_sort(slots, count);
+    for (uint32_t i = 0, run; i < count; i += run) {
+        for (run = 1; i + run < count && slots[i + run] == slots[i] + run; run++) {
+        }
+        epc_discard(epc_slot_address(slots[i]), run * EPC_PAGE);
     }
+}
+
+/* Evict up to a batch; false if there is nothing to evict. Lock held, released meanwhile. */
+static bool evict_batch(struct reclaimer *self) {
+    uint32_t slots[EPC_BATCH], count = 0;
+    age();
+    while (count < EPC_BATCH && epc.probation.count > 0) {
+        slots[count++] = evict_one(self);
+    }
+    epc.busy++; /* a fork now would count these frames in the child for ever */
+    pthread_mutex_unlock(&epc.lock);
+    free_frames(slots, count);
+    pthread_mutex_lock(&epc.lock);
+    epc.busy--;
+    pthread_cond_broadcast(&epc.settled);
+    for (uint32_t i = 0; i < count; i++) {
+        slot_give(&epc.empty, slots[i]);
+    }
+    epc.allocated -= count;
+    epc_note_levels();
+    pthread_cond_broadcast(&epc.freed);
     return count > 0;
 }
+
+static struct reclaimer new_reclaimer(void) {
+    struct reclaimer self = {.sealer = epc_sealer_new(epc.keys[epc.key_count - 1])};
+    if (self.sealer == NULL) {
+        epc_die("libcrypto gives no cipher");
+    }
+    return self;
+}
+
+static void begin_work(struct reclaimer *self) { self->charged_until = self->last = epc_now_ns(); }
 
 void *epc_reclaim(void *unused) {
     (void)unused;
     pthread_mutex_lock(&epc.lock);
-    struct epc_sealer *sealer = epc_sealer_new(epc.keys[epc.key_count - 1]);
-    if (sealer == NULL) {
-        epc_die("libcrypto gives no cipher");
-    }
+    struct reclaimer self = new_reclaimer();
     for (;;) {
         while (epc_available() >= EPC_LOW) {
             pthread_cond_wait(&epc.work, &epc.lock);
         }
+        begin_work(&self);
         while (epc_available() < EPC_HIGH) {
-            if (!evict_batch(sealer)) {
+            if (!evict_batch(&self)) {
                 /* Nothing to evict: pages are busy or few. A fault that ends wakes us. */
                 pthread_cond_wait(&epc.work, &epc.lock);
+                begin_work(&self);
             }
         }
     }
@@ -140,13 +169,11 @@ void *epc_reclaim(void *unused) {
 }
 
 void epc_evict_all(void) {
-    struct epc_sealer *sealer = epc_sealer_new(epc.keys[epc.key_count - 1]);
-    if (sealer == NULL) {
-        epc_die("libcrypto gives no cipher");
-    }
+    struct reclaimer self = new_reclaimer();
     pthread_mutex_lock(&epc.lock);
-    while (evict_batch(sealer)) {
+    begin_work(&self);
+    while (evict_batch(&self)) {
     }
     pthread_mutex_unlock(&epc.lock);
-    epc_sealer_free(sealer);
+    epc_sealer_free(self.sealer);
 }

@@ -15,7 +15,7 @@
 struct piece {
     uint32_t granules;  /* of its size class */
     uint32_t next_free; /* in the list of its class */
-    uint32_t asked;     /* pages that were asked for */
+    _Atomic uint32_t asked; /* pages that were asked for */
     uint32_t unmapped;  /* pages that munmap took */
     uint8_t class_of;
 };
@@ -23,7 +23,7 @@ struct piece {
 static struct {
     pthread_mutex_t lock;
     struct piece *pieces;
-    uint32_t *first; /* of each granule: where its piece begins */
+    _Atomic uint32_t *first; /* of each granule: where its piece begins */
     uint32_t granules, used;
     uint32_t free_list[CLASSES];
 } region = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -55,6 +55,10 @@ static uint32_t granule_of(const void *address) {
     return (uint32_t)(((uintptr_t)address - (uintptr_t)epc_region()) / EPC_GRANULE);
 }
 
+static uint32_t piece_of(uint32_t granule) {
+    return atomic_load_explicit(&region.first[granule], memory_order_relaxed);
+}
+
 static char *address_of(uint32_t granule) {
     return epc_region() + (size_t)granule * EPC_GRANULE;
 }
@@ -77,7 +81,7 @@ void *epc_allocate(size_t bytes, size_t alignment) {
         region.pieces[piece].granules = size;
         region.pieces[piece].class_of = class;
         for (uint32_t i = 0; i < size; i++) {
-            region.first[piece + i] = piece;
+            atomic_store_explicit(&region.first[piece + i], piece, memory_order_relaxed);
         }
     }
     pthread_mutex_unlock(&region.lock);
@@ -85,7 +89,8 @@ void *epc_allocate(size_t bytes, size_t alignment) {
         return NULL;
     }
     region.pieces[piece].unmapped = 0;
-    region.pieces[piece].asked = (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE);
+    atomic_store_explicit(&region.pieces[piece].asked,
+                          (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE), memory_order_relaxed);
     EPC_ADD(allocated_bytes, (uint64_t)size * EPC_GRANULE);
     uintptr_t start = (uintptr_t)address_of(piece);
     return (void *)(extra ? (start + alignment - 1) / alignment * alignment : start);
@@ -102,10 +107,10 @@ static void release_piece(uint32_t piece) {
     pthread_mutex_unlock(&region.lock);
 }
 
-void epc_release(void *address) { release_piece(region.first[granule_of(address)]); }
+void epc_release(void *address) { release_piece(piece_of(granule_of(address))); }
 
 size_t epc_usable(const void *address) {
-    uint32_t piece = region.first[granule_of(address)];
+    uint32_t piece = piece_of(granule_of(address));
     return (size_t)(address_of(piece + region.pieces[piece].granules) - (const char *)address);
 }
 
@@ -122,13 +127,13 @@ void epc_clear(void *address, size_t bytes) {
 }
 
 void epc_unmap(void *address, size_t bytes) {
-    uint32_t piece = region.first[granule_of(address)];
+    uint32_t piece = piece_of(granule_of(address));
     struct piece *entry = &region.pieces[piece];
     size_t pages = (bytes + EPC_PAGE - 1) / EPC_PAGE;
     epc_clear(address, pages * EPC_PAGE);
     pthread_mutex_lock(&region.lock);
     entry->unmapped += (uint32_t)pages;
-    bool all = entry->unmapped >= entry->asked;
+    bool all = entry->unmapped >= atomic_load_explicit(&entry->asked, memory_order_relaxed);
     pthread_mutex_unlock(&region.lock);
     if (all) {
         release_piece(piece);
@@ -138,3 +143,13 @@ void epc_unmap(void *address, size_t bytes) {
 void epc_region_before_fork(void) { pthread_mutex_lock(&region.lock); }
 
 void epc_region_after_fork(void) { pthread_mutex_unlock(&region.lock); }
+
+size_t epc_allocation_start(size_t page) {
+    return (size_t)piece_of((uint32_t)(page / PAGES_OF_GRANULE)) * PAGES_OF_GRANULE;
+}
+
+size_t epc_allocation_end(size_t page) {
+    uint32_t piece = piece_of((uint32_t)(page / PAGES_OF_GRANULE));
+    return (size_t)piece * PAGES_OF_GRANULE +
+           atomic_load_explicit(&region.pieces[piece].asked, memory_order_relaxed);
+}

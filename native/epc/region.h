@@ -10,7 +10,7 @@
 
 #define EPC_GRANULE (64u * 1024u)
 
-/* Once, after the pager has started. */
+/* Once, by the pager's start; false when there is no address space for its tables. */
 bool epc_region_start(void);
 
 /* So many bytes of zeros, aligned to 64 KiB or more; NULL when the region is full. */
@@ -27,6 +27,11 @@ void epc_unmap(void *address, size_t bytes);
 
 /* Drop what whole pages of the range hold, as MADV_DONTNEED does. */
 void epc_clear(void *address, size_t bytes);
+
+/* Start and end of the allocation that holds this page, all counted in pages of the region; 0 if there
+ * is none. For the pager, which doesn't wait for the allocator's lock. */
+size_t epc_allocation_start(size_t page);
+size_t epc_allocation_end(size_t page);
 
 void epc_region_before_fork(void);
 void epc_region_after_fork(void);

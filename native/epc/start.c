@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "pager_state.h"
+#include "region.h"
 #include "uffd.h"
 
 static bool start_threads(void) {
@@ -31,6 +32,8 @@ static bool start_threads(void) {
          * emulator is slower than it could be, and calibration shows that. */
         struct sched_param first = {.sched_priority = 1};
         pthread_setschedparam(faults, SCHED_FIFO, &first);
+        struct sched_param none = {0};
+        pthread_setschedparam(reclaimer, SCHED_IDLE, &none);
         pthread_setname_np(faults, "epc-faults");
         pthread_setname_np(reclaimer, "epc-reclaim");
     }
@@ -55,19 +58,16 @@ static bool reserve_all(void) {
     epc.slots = epc_reserve((size_t)epc.slot_count * EPC_PAGE);
     epc.backing = epc_reserve(epc.region_pages * EPC_PAGE);
     epc.pages = epc_reserve(epc.region_pages * sizeof *epc.pages);
-    size_t ring_bytes = epc.slot_count * sizeof *epc.frames.slots;
-    epc.frames = (struct slot_ring){.slots = epc_reserve(ring_bytes), .room = epc.slot_count};
-    epc.empty = (struct slot_ring){.slots = epc_reserve(ring_bytes), .room = epc.slot_count};
-    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.frames.slots ||
-        !epc.empty.slots) {
+    epc.empty = (struct slot_set){
+        .taken = epc_reserve(epc.slot_count), .room = epc.slot_count, .free = epc.slot_count};
+    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.empty.taken) {
         return false;
     }
     epc_note_own(epc.region, epc.region_pages * EPC_PAGE);
     epc_note_own(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
     epc_note_own(epc.backing, epc.region_pages * EPC_PAGE);
     epc_note_own(epc.pages, epc.region_pages * sizeof *epc.pages);
-    epc_note_own(epc.frames.slots, ring_bytes);
-    epc_note_own(epc.empty.slots, ring_bytes);
+    epc_note_own(epc.empty.taken, epc.slot_count);
     /* An enclave's pages are small ones. */
     epc_small_pages(epc.region, epc.region_pages * EPC_PAGE);
     epc_small_pages(epc.slots, (size_t)epc.slot_count * EPC_PAGE);
@@ -79,32 +79,34 @@ static int ascending(const void *a, const void *b) {
     return (left > right) - (left < right);
 }
 
-/* Median time of touching a page each, when the pager charges nothing. */
-static uint64_t touch_ns(size_t first, size_t count) {
-    uint64_t times[64];
+/* The time of touching every other page, when the pager charges nothing; none comes ahead. */
+static void touch(size_t first, size_t count, uint64_t *times) {
     for (size_t i = 0; i < count; i++) {
         uint64_t start = epc_now_ns();
-        *(volatile char *)(epc.region + (first + i) * EPC_PAGE) = 1;
+        *(volatile char *)(epc.region + (first + 2 * i) * EPC_PAGE) = 1;
         times[i] = epc_now_ns() - start;
     }
-    qsort(times, count, sizeof *times, ascending);
-    return times[count / 2];
 }
 
 /* What this machine takes for a load and an eviction, so that a charge adds the difference only. */
 static void calibrate(const struct epc_costs *costs) {
-    enum { COUNT = 64 };
-    size_t first = epc.region_pages - COUNT;
-    touch_ns(first, COUNT);
-    epc_evict_all();
-    uint64_t evict_ns = atomic_load(&epc.stats->evict_ns) / COUNT;
+    enum { COUNT = 64, ROUNDS = 5 };
+    size_t first = epc.region_pages - 2 * COUNT;
+    uint64_t times[ROUNDS * COUNT];
+    touch(first, COUNT, times);
     uint64_t before = atomic_load(&epc.stats->load_ns);
-    uint64_t whole_ns = touch_ns(first, COUNT);
-    uint64_t inside_ns = (atomic_load(&epc.stats->load_ns) - before) / COUNT;
-    epc_drop(first, COUNT);
+    for (int round = 0; round < ROUNDS; round++) {
+        epc_evict_all();
+        touch(first, COUNT, times + round * COUNT);
+    }
+    qsort(times, ROUNDS * COUNT, sizeof *times, ascending);
+    uint64_t whole_ns = times[ROUNDS * COUNT / 2];
+    uint64_t inside_ns = (atomic_load(&epc.stats->load_ns) - before) / (ROUNDS * COUNT);
+    uint64_t evicted = atomic_load(&epc.stats->evicted);
+    EPC_SET(own_evict_ns, evicted > 0 ? atomic_load(&epc.stats->evict_ns) / evicted : 0);
+    epc_drop(first, 2 * COUNT);
     EPC_SET(own_latency_ns, whole_ns > inside_ns ? whole_ns - inside_ns : 0);
     EPC_SET(own_load_ns, inside_ns);
-    EPC_SET(own_evict_ns, evict_ns);
     for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entries; sum++) {
         atomic_store(sum, 0);
     }
@@ -141,7 +143,7 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
     if (epc.uffd < 0) {
         return false;
     }
-    if (!reserve_all() || !epc_random_key(epc.keys[0])) {
+    if (!reserve_all() || !epc_region_start() || !epc_random_key(epc.keys[0])) {
         snprintf(reason, reason_size, "address space for %zu pages can't be reserved",
                  config->region_pages);
         return false;
@@ -150,9 +152,7 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
     pthread_mutex_init(&epc.lock, NULL);
     queue_init(&epc.active);
     queue_init(&epc.probation);
-    for (uint32_t slot = 0; slot < epc.slot_count; slot++) {
-        ring_push(&epc.empty, slot);
-    }
+    queue_init(&epc.out);
     if (!watch() || !start_threads()) {
         snprintf(reason, reason_size, "the kernel does not let the region be watched: %s",
                  strerror(errno));

@@ -34,7 +34,7 @@ struct epc_stats {
     epc_counter own_load_ns;    /* pager's part of a load: decrypt and map */
     epc_counter own_evict_ns;   /* pager's part of an eviction: unmap and encrypt */
     /* Levels, in pages. */
-    epc_counter resident_pages; /* mapped, on probation, or free frames that still hold memory */
+    epc_counter resident_pages; /* mapped, on probation, or promised to a fault */
     epc_counter free_pages;     /* frames that can be given out at once */
     epc_counter evicted_pages;  /* sealed in the backing store now */
     epc_counter allocated_bytes;
@@ -42,6 +42,7 @@ struct epc_stats {
     /* Sums since the start. */
     epc_counter added;       /* first touches */
     epc_counter loaded;      /* decrypted and checked */
+    epc_counter ahead;       /* of added and loaded: with the fault of another page */
     epc_counter evicted;     /* encrypted */
     epc_counter second_chances; /* touched while on probation: kept */
     epc_counter waits;       /* faults that found no free frame */
@@ -49,6 +50,7 @@ struct epc_stats {
     epc_counter evict_ns;    /* of the reclaimer */
     epc_counter late_loads;  /* own cost was above the charge */
     epc_counter late_evicts;
+    epc_counter unpaid_ns;   /* of late loads: what later ones could not make good */
     epc_counter entries;     /* enclave transitions that were charged: entry and exit are one */
     epc_counter entry_ns;    /* what one was charged */
     /* The emulator's own memory, which no enclave would have: its frames, backing store and tables.

@@ -102,16 +102,20 @@ size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages) {
     return done;
 }
 
-int epc_uffd_copy(int uffd, void *to, const void *from) {
-    for (;;) {
-        struct uffdio_copy copy = {.dst = (uintptr_t)to, .src = (uintptr_t)from, .len = EPC_PAGE};
-        if (ioctl(uffd, UFFDIO_COPY, &copy) == 0) {
-            return 0;
-        }
-        if (errno != EAGAIN) {
+int epc_uffd_copy(int uffd, void *to, const void *from, size_t pages) {
+    size_t done = 0, bytes = pages * EPC_PAGE;
+    while (done < bytes) {
+        struct uffdio_copy copy = {.dst = (uintptr_t)to + done,
+                                   .src = (uintptr_t)from + done,
+                                   .len = bytes - done};
+        int failed = ioctl(uffd, UFFDIO_COPY, &copy);
+        if (copy.copy > 0) {
+            done += (size_t)copy.copy;
+        } else if (failed != 0 && errno != EAGAIN) {
             return errno;
         }
     }
+    return 0;
 }
 
 void epc_uffd_wake(int uffd, void *page) {

@@ -23,8 +23,8 @@ size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room);
  * move; EBUSY, the kernel holds it elsewhere too. */
 size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages);
 
-/* Map a new page with a copy of this content, and wake who waits for it. */
-int epc_uffd_copy(int uffd, void *to, const void *from);
+/* Map new pages with copies of this content, and wake who waits for them; 0 or an error. */
+int epc_uffd_copy(int uffd, void *to, const void *from, size_t pages);
 
 /* Let who waits for this page try again. */
 void epc_uffd_wake(int uffd, void *page);

@@ -60,7 +60,6 @@ static void start(void) {
         printf("skipped: %s\n", reason);
         exit(SKIP);
     }
-    CHECK(epc_region_start());
     CHECK(pthread_atfork(before_fork, in_parent, in_child) == 0);
 }
 

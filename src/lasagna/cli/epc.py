@@ -107,6 +107,7 @@ def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
         "peak_resident_bytes": stats["peak_resident_pages"] * PAGE,
         "pages_added": stats["added"],
         "pages_loaded": stats["loaded"],
+        "pages_brought_ahead": stats["ahead"],
         "pages_evicted": stats["evicted"],
         "second_chances": stats["second_chances"],
         "faults_that_waited_for_a_frame": stats["waits"],
@@ -120,6 +121,7 @@ def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
         "own_cost_of_an_eviction_ns": stats["own_evict_ns"],
         "loads_above_their_charge": stats["late_loads"],
         "evictions_above_their_charge": stats["late_evicts"],
+        "not_made_good_s": stats["unpaid_ns"] / 1e9,
     }
 
 

@@ -21,8 +21,8 @@ THREADS: Final = 64
 FIELDS: Final = (
     "magic pid limit_pages region_pages charge_load_ns charge_add_ns charge_evict_ns own_latency_ns"
     " own_load_ns own_evict_ns resident_pages free_pages evicted_pages allocated_bytes"
-    " peak_resident_pages added loaded evicted second_chances waits load_ns evict_ns late_loads"
-    " late_evicts entries entry_ns"
+    " peak_resident_pages added loaded ahead evicted second_chances waits load_ns evict_ns"
+    " late_loads late_evicts unpaid_ns entries entry_ns"
 ).split()
 """The counters, in the file's order; ranges and threads follow."""
 _LAYOUT: Final = struct.Struct(f"<{len(FIELDS) + 2 * RANGES + 3 * THREADS}Q")
