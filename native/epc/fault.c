@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <string.h>
 
-#include "ahead.h"
 #include "pager_state.h"
 #include "region.h"
 #include "uffd.h"
@@ -102,9 +101,6 @@ struct batch {
     uint32_t sorted[EPC_WINDOW_MAX]; /* by address, so that neighbours are mapped at once */
 };
 
-/* The contents of a batch's pages, sorted as they are, before the program gets them. */
-static _Alignas(4096) unsigned char contents[EPC_WINDOW_MAX][EPC_PAGE];
-
 /* Take a page into the batch and say which ones may follow: of evicted ones those that were evicted
  * after and before it, of new ones its neighbours in the same allocation. There must be a frame. Lock held. */
 static void add(struct batch *batch, uint32_t number) {
@@ -145,9 +141,9 @@ static void fill(struct batch *batch, struct epc_sealer *const *sealers) {
         uint32_t number = batch->sorted[batch->filled];
         const struct page *page = &epc.pages[number];
         if (!batch->sealed) {
-            memset(contents[batch->filled], 0, EPC_PAGE);
+            memset(epc.contents[batch->filled], 0, EPC_PAGE);
         } else if (!epc_open(sealers[page->key], number, page->version,
-                             epc_backing_address(number), page->tag, contents[batch->filled])) {
+                             epc_backing_address(number), page->tag, epc.contents[batch->filled])) {
             epc_die("a page does not open: its backing store was modified");
         }
     }
@@ -159,7 +155,7 @@ static void map(const struct batch *batch) {
         uint32_t number = batch->sorted[i];
         for (run = 1; i + run < batch->count && batch->sorted[i + run] == number + run; run++) {
         }
-        if (epc_uffd_copy(epc.uffd, epc_page_address(number), contents[i], run) != 0) {
+        if (epc_uffd_copy(epc.uffd, epc_page_address(number), epc.contents[i], run) != 0) {
             epc_die("a page can't be mapped");
         }
     }

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "ahead.h"
 #include "pager.h"
 #include "pages.h"
 #include "seal.h"
@@ -24,6 +25,7 @@ struct pager {
     char *slots; /* pages on probation lie here */
     uint32_t slot_count;
     unsigned char *backing; /* ciphertext of page i at i * EPC_PAGE */
+    unsigned char (*contents)[EPC_PAGE]; /* of pages that a fault brings, before they are mapped */
     struct page *pages;
     struct epc_costs costs; /* zero while calibrating */
     struct epc_stats *stats;

@@ -60,7 +60,9 @@ static bool reserve_all(void) {
     epc.pages = epc_reserve(epc.region_pages * sizeof *epc.pages);
     epc.empty = (struct slot_set){
         .taken = epc_reserve(epc.slot_count), .room = epc.slot_count, .free = epc.slot_count};
-    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.empty.taken) {
+    epc.contents = epc_reserve(EPC_WINDOW_MAX * sizeof *epc.contents);
+    if (!epc.region || !epc.slots || !epc.backing || !epc.pages || !epc.empty.taken ||
+        !epc.contents) {
         return false;
     }
     epc_note_own(epc.region, epc.region_pages * EPC_PAGE);
@@ -68,6 +70,7 @@ static bool reserve_all(void) {
     epc_note_own(epc.backing, epc.region_pages * EPC_PAGE);
     epc_note_own(epc.pages, epc.region_pages * sizeof *epc.pages);
     epc_note_own(epc.empty.taken, epc.slot_count);
+    epc_note_own(epc.contents, EPC_WINDOW_MAX * sizeof *epc.contents);
     /* An enclave's pages are small ones. */
     epc_small_pages(epc.region, epc.region_pages * EPC_PAGE);
     epc_small_pages(epc.slots, (size_t)epc.slot_count * EPC_PAGE);

@@ -198,7 +198,7 @@ def test_the_process_grows_by_no_more_than_its_budget_and_its_sessions(squeezene
 
 
 def test_a_budget_that_is_too_small_is_refused_with_a_reason(squeezenet: Sealed) -> None:
-    with pytest.raises(BudgetError, match=r"'squeezenet' .* a budget of [\d.]+ MB .* slice \d+"):
+    with pytest.raises(BudgetError, match=r"'squeezenet' .* a budget of [\d.]+ MB .*slice \d+"):
         InsecureDirectEnclave(squeezenet.path, squeezenet.keys, 3_000_000)
 
 

@@ -17,6 +17,9 @@ from tests.server.rig import noise
 from tests.server.serving import SOON, Asking, Server, lasagna, lasagna_process, local, serving
 
 from lasagna.errors import EvidenceError, InvalidInputError, ServiceError
+from lasagna.tee.epc import stats_folder, why_not
+from lasagna.tee.epc_profiles import profile
+from lasagna.tee.epc_stats import processes
 from lasagna.tee.process import InsecureProcessBackend
 from lasagna.trust.policy import MeasurementIn
 
@@ -273,3 +276,28 @@ def test_the_broker_listens_elsewhere_only_by_name(model: Model) -> None:
 def test_the_broker_wants_a_measurement(model: Model) -> None:
     done = lasagna("insecure-broker", model.key_file, "--allow-measurement", "abc", code=2)
     assert "takes 64 hexadecimal digits, not 'abc'" in done.stderr
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"no emulator here: {why_not()}")
+def test_an_enclave_in_an_emulated_epc_answers_and_its_footprint_is_deducted(
+    model: Model, image: Array, tmp_path: Path
+) -> None:
+    emulated = ("--insecure-emulate-epc", "sgx1-128")
+    with serving(model.package, *local(model, tmp_path), *emulated) as server:
+        assert "backend insecure-emulated-epc: EMULATED" in server.said
+        assert "each has 98.0 MB of emulated EPC as of sgx1-128" in server.said
+        with server.client() as client:
+            inputs = {INPUT: image}
+            answer = client.infer(NAME, inputs)[OUTPUT]
+            np.testing.assert_allclose(answer, model.expected(inputs), rtol=1e-4)
+            server.wait_for_log("hot outside the emulated region")
+        found = {int(file.path.stem): file.read() for file in processes(stats_folder())}
+        stats = found[server.enclave()]
+        limit = profile("sgx1-128").costs().limit_pages
+        assert stats["resident_pages"] <= stats["limit_pages"] < limit
+        assert stats["added"] > 1000
+    refused = lasagna_process(
+        *("serve", model.package, "--budget=100MB", "--port=0", *local(model, tmp_path), *emulated),
+        code=2,
+    )
+    assert "100 MB is more than the EPC of sgx1-128, 98.0 MB" in refused.stderr

@@ -55,6 +55,7 @@ class _Plan:
     broker_state: Path
     socket_dir: Path | None
     drain_s: float
+    emulated_epc: str | None
 
 
 def serve(
@@ -92,6 +93,13 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds for requests to finish when the server stops.")
     ] = 30.0,
+    insecure_emulate_epc: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Limit and slow the enclaves as an SGX platform would; see lasagna epc profiles.",
+        ),
+    ] = None,
     log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.INFO,
 ) -> None:
     """Serve sealed models from enclaves, over the Open Inference Protocol v2.
@@ -126,6 +134,7 @@ def serve(
             broker_state=(broker_state or default_state()).resolve(),
             socket_dir=socket_dir,
             drain_s=drain,
+            emulated_epc=insecure_emulate_epc,
         )
         keep_large_buffers()
         gc.freeze()  # modules stay: collections then look at requests only
@@ -164,9 +173,16 @@ async def _hosts(plan: _Plan, folder: Path) -> AsyncIterator[dict[str, ModelHost
     from lasagna.server.host import ModelHost
     from lasagna.server.local_broker import insecure_local_broker
     from lasagna.server.release import BrokerRelay
-    from lasagna.tee.process import InsecureProcessBackend
+    from lasagna.tee.emulated import choose_backend
+    from lasagna.tee.epc_profiles import profile
 
-    backend = InsecureProcessBackend()
+    costs = None if plan.emulated_epc is None else profile(plan.emulated_epc).costs()
+    if costs is not None and plan.config.budget > costs.epc_bytes:
+        raise UsageError(
+            f"a budget of {format_bytes(plan.config.budget)} is more than the EPC of "
+            f"{plan.emulated_epc}, {format_bytes(costs.epc_bytes)}"
+        )
+    backend, reason = choose_backend(costs)
     measurement = backend.measurement()
     async with contextlib.AsyncExitStack() as stack:
         url = plan.broker
@@ -185,6 +201,13 @@ async def _hosts(plan: _Plan, folder: Path) -> AsyncIterator[dict[str, ModelHost
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         typer.echo(f"serving on http://{shown}:{address[1]} (Open Inference Protocol v2)")
         typer.echo(f"backend {backend.name}: EMULATED enclaves, which protect nothing")
+        if reason is not None:
+            typer.echo(f"no EPC is emulated, memory is accounted for but not limited: {reason}")
+        elif costs is not None:
+            typer.echo(
+                f"each has {format_bytes(costs.epc_bytes)} of emulated EPC as of "
+                f"{plan.emulated_epc}; lasagna epc top shows how it is used"
+            )
         typer.echo(f"clients need --allow-measurement {measurement.hex()}")
         typer.echo(f"             --broker-key {await _broker_key(relay)}")
         typer.echo("             --insecure-allow-emulated")

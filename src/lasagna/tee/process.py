@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -43,7 +43,12 @@ class ChildProcess:
 
     @classmethod
     async def start(
-        cls, title: str, arguments: Sequence[str], *, pass_fds: Sequence[int] = ()
+        cls,
+        title: str,
+        arguments: Sequence[str],
+        *,
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Self:
         """Start this Python with other arguments, in a minimal environment.
 
@@ -51,6 +56,7 @@ class ChildProcess:
             title: what log lines call it.
             arguments: of the interpreter, such as ``-m`` and a module's name.
             pass_fds: file descriptors that stay open in the child.
+            environment: variables beside the minimal ones.
 
         Raises:
             OSError: it can't be started.
@@ -67,7 +73,7 @@ class ChildProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=minimal_environment(),
+            env=minimal_environment() | dict(environment or {}),
             cwd="/",
             start_new_session=True,
             pass_fds=pass_fds,
@@ -141,11 +147,17 @@ def minimal_environment() -> dict[str, str]:
     return environment | _THREAD_LIMITS | {"PYTHONPATH": os.pathsep.join(elsewhere)}
 
 
+def enclave_arguments(spec: EnclaveSpec, measurement: bytes) -> tuple[str, ...]:
+    """Of the interpreter, to become an enclave that claims this measurement."""
+    claimed = f"--insecure-measurement={measurement.hex()}"
+    return ("-m", "lasagna.enclave", *spec.arguments(), claimed)
+
+
 class InsecureProcessBackend:
     """Enclaves as ordinary processes: whoever owns the machine can read them."""
 
-    name: Final = "insecure-process"
-    insecure: Final = True
+    name = "insecure-process"
+    insecure = True
 
     def measurement(self) -> bytes:
         """The hash of the enclave's code, see :mod:`lasagna.tee.measurement`."""
@@ -157,7 +169,4 @@ class InsecureProcessBackend:
         Raises:
             OSError: it can't be started.
         """
-        measurement = f"--insecure-measurement={self.measurement().hex()}"
-        return await ChildProcess.start(
-            "enclave", ("-m", "lasagna.enclave", *spec.arguments(), measurement)
-        )
+        return await ChildProcess.start("enclave", enclave_arguments(spec, self.measurement()))

@@ -1,0 +1,86 @@
+"""What a process under the EPC emulator uses outside the emulated region, as the kernel sees it.
+
+Code, stacks and small allocations live outside the region, but an enclave's would lie in the EPC.
+So the pages of them that are *hot*, referenced while the process works, are deducted from its
+limit. The kernel tells them: ``clear_refs`` forgets which pages were referenced, ``smaps`` says
+which have been since (proc(5)). The emulator's own memory, which no enclave would have, is left
+out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lasagna.tee.epc import MIN_PAGES
+from lasagna.tee.epc_stats import StatsFile
+from lasagna.units import KIB, PAGE, Bytes
+
+_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
+_EMULATOR: Final = "liblasagna_epc.so"
+_REFERENCED: Final = "Referenced:"
+
+
+def referenced_bytes(smaps: str, without: Sequence[tuple[int, int]]) -> Bytes:
+    """Bytes referenced since ``clear_refs``, over all mappings but some.
+
+    Args:
+        smaps: text of ``/proc/PID/smaps``.
+        without: start and size of ranges; a mapping that overlaps one is not counted.
+    """
+    total, counted = 0, False
+    for line in smaps.splitlines():
+        mapping = _MAPPING.fullmatch(line)
+        if mapping:
+            start, end = int(mapping[1], 16), int(mapping[2], 16)
+            overlaps = any(start < s + size and s < end for s, size in without if size)
+            counted = not overlaps and _EMULATOR not in mapping[3]
+        elif counted and line.startswith(_REFERENCED):
+            total += int(line.split()[1]) * KIB
+    return Bytes(total)
+
+
+class Footprint:
+    """Measures a process's hot pages again and again, and deducts the most that it found.
+
+    The largest reading counts, so a process that rests for a while gets nothing back.
+    """
+
+    def __init__(self, file: StatsFile, limit_pages: int) -> None:
+        """Begin to observe.
+
+        Args:
+            file: of the process.
+            limit_pages: that the whole process may have resident.
+        """
+        self._file = file
+        self._limit_pages = limit_pages
+        self._proc = Path(f"/proc/{file.path.stem}")
+        self._hot = Bytes(0)
+
+    @property
+    def hot_bytes(self) -> Bytes:
+        """The most that was referenced outside the region between two readings."""
+        return self._hot
+
+    def begin(self) -> None:
+        """Forget what has been referenced so far.
+
+        Raises:
+            OSError: the process has ended, or is somebody else's.
+        """
+        self._proc.joinpath("clear_refs").write_text("1")
+
+    def deduct(self) -> None:
+        """Read what was referenced since :meth:`begin`, and lower the limit by it.
+
+        Raises:
+            OSError: the process has ended, or is somebody else's.
+        """
+        own = self._file.read().own
+        found = referenced_bytes(self._proc.joinpath("smaps").read_text(), own)
+        self._hot = max(self._hot, found)
+        pages = max(MIN_PAGES, self._limit_pages - -(-self._hot // PAGE))
+        self._file.set_limit(pages)
