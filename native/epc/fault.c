@@ -15,7 +15,7 @@
 #define DEBT_MAX_NS UINT64_C(20000000)
 
 static uint64_t latency_ns(void) {
-    return atomic_load_explicit(&epc.stats->own_latency_ns, memory_order_relaxed);
+    return EPC_GET(own_latency_ns);
 }
 
 static void note_fault(uint32_t tid, uint32_t pages, uint64_t spent) {
@@ -167,7 +167,7 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     static struct epc_streams streams;
     static uint64_t map_ns; /* what mapping a page of a batch takes, on average of late */
     struct batch batch = {.sealed = epc.pages[first].state == PAGE_OUT};
-    uint64_t charge = batch.sealed ? epc.costs.load_ns : epc.costs.add_ns;
+    uint64_t charge = batch.sealed ? EPC_GET(charge_load_ns) : EPC_GET(charge_add_ns);
     uint32_t stream = epc_stream_of(&streams, first, &batch.direction, &batch.window);
     if (!batch.sealed && first == epc_allocation_start(first) && batch.window < EPC_FIRST_TOUCH) {
         batch.window = EPC_FIRST_TOUCH; /* a new buffer is filled from its start */
@@ -179,8 +179,7 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     fill(&batch, sealers);
     while (batch.count < batch.window && epc_now_ns() < start + charge * batch.count) {
         uint32_t rest = batch.window - batch.count;
-        if (atomic_load_explicit(&epc.stats->free_pages, memory_order_relaxed) <
-            (rest < AT_ONCE ? rest : AT_ONCE)) {
+        if (EPC_GET(free_pages) < (rest < AT_ONCE ? rest : AT_ONCE)) {
             continue;
         }
         pthread_mutex_lock(&epc.lock);

@@ -65,8 +65,8 @@ __attribute__((constructor)) static void start(void) {
     active = true;
 }
 
-static void *allocate(size_t bytes, size_t alignment) {
-    void *memory = epc_allocate(bytes, alignment);
+static void *allocate(size_t bytes, size_t alignment, bool zeroed) {
+    void *memory = epc_allocate(bytes, alignment, zeroed);
     if (memory == NULL) {
         errno = ENOMEM;
     }
@@ -75,7 +75,7 @@ static void *allocate(size_t bytes, size_t alignment) {
 
 static bool large(size_t bytes) { return active && bytes >= LARGE; }
 
-EXPORT void *malloc(size_t bytes) { return large(bytes) ? allocate(bytes, 1) : __libc_malloc(bytes); }
+EXPORT void *malloc(size_t bytes) { return large(bytes) ? allocate(bytes, 1, false) : __libc_malloc(bytes); }
 
 EXPORT void free(void *memory) {
     if (memory != NULL && epc_contains(memory)) {
@@ -93,7 +93,7 @@ EXPORT void *calloc(size_t count, size_t size) {
         errno = ENOMEM;
         return NULL;
     }
-    return large(bytes) ? allocate(bytes, 1) : __libc_calloc(count, size);
+    return large(bytes) ? allocate(bytes, 1, true) : __libc_calloc(count, size);
 }
 
 EXPORT size_t malloc_usable_size(void *memory) {
@@ -137,7 +137,7 @@ EXPORT void *reallocarray(void *memory, size_t count, size_t size) {
 }
 
 EXPORT void *memalign(size_t alignment, size_t bytes) {
-    return large(bytes) ? allocate(bytes, alignment) : __libc_memalign(alignment, bytes);
+    return large(bytes) ? allocate(bytes, alignment, false) : __libc_memalign(alignment, bytes);
 }
 
 EXPORT void *aligned_alloc(size_t alignment, size_t bytes) { return memalign(alignment, bytes); }
@@ -171,7 +171,7 @@ EXPORT void *mmap(void *address, size_t bytes, int protection, int flags, int fi
     bool plain = address == NULL && protection == (PROT_READ | PROT_WRITE) &&
                  flags == (MAP_PRIVATE | MAP_ANONYMOUS);
     if (plain && large(bytes)) {
-        void *memory = allocate(bytes, 1);
+        void *memory = allocate(bytes, 1, true);
         return memory == NULL ? MAP_FAILED : memory;
     }
     return system_mmap(address, bytes, protection, flags, file, offset);
@@ -208,7 +208,7 @@ EXPORT void *mremap(void *address, size_t bytes, size_t wanted, int flags, ...) 
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    void *moved = allocate(wanted, 1);
+    void *moved = allocate(wanted, 1, true);
     if (moved == NULL) {
         return MAP_FAILED;
     }

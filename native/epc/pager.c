@@ -155,8 +155,10 @@ void epc_charge_entry(void) {
     if (epc.stats == NULL) {
         return; /* before the start, or without the emulator */
     }
-    epc_spin_until(epc_now_ns() + epc.costs.entry_ns);
+    uint64_t charge = EPC_GET(charge_entry_ns);
+    epc_spin_until(epc_now_ns() + charge);
     EPC_ADD(entries, 1);
+    EPC_ADD(entry_ns, charge);
 }
 
 unsigned char *epc_backing_of_page(size_t page) {

@@ -27,7 +27,6 @@ struct pager {
     unsigned char *backing; /* ciphertext of page i at i * EPC_PAGE */
     unsigned char (*contents)[EPC_PAGE]; /* of pages that a fault brings, before they are mapped */
     struct page *pages;
-    struct epc_costs costs; /* zero while calibrating */
     struct epc_stats *stats;
     int uffd;
     unsigned char keys[EPC_KEYS][EPC_KEY];
@@ -53,6 +52,8 @@ extern struct pager epc;
     atomic_fetch_add_explicit(&epc.stats->field, (uint64_t)(amount), memory_order_relaxed)
 #define EPC_SET(field, value) \
     atomic_store_explicit(&epc.stats->field, (uint64_t)(value), memory_order_relaxed)
+
+#define EPC_GET(field) atomic_load_explicit(&epc.stats->field, memory_order_relaxed)
 
 /* Pages that may be resident now; the host may change it. */
 uint32_t epc_limit(void);

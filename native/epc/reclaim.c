@@ -68,7 +68,7 @@ struct reclaimer {
 /* Take what an eviction is charged; false if it has taken longer already. A batch is unmapped before its
  * first page is encrypted, so an eviction may be as late as that: the next ones catch up. */
 static bool charge_eviction(struct reclaimer *self) {
-    uint64_t charge = epc.costs.evict_ns, now = epc_now_ns();
+    uint64_t charge = EPC_GET(charge_evict_ns), now = epc_now_ns();
     self->charged_until += charge;
     if (self->charged_until + EPC_BATCH * charge < now) {
         self->charged_until = now;

@@ -17,6 +17,7 @@ struct piece {
     uint32_t next_free; /* in the list of its class */
     _Atomic uint32_t asked; /* pages that were asked for */
     uint32_t unmapped;  /* pages that munmap took */
+    bool used;          /* it may hold what somebody left there */
     uint8_t class_of;
 };
 
@@ -63,7 +64,12 @@ static char *address_of(uint32_t granule) {
     return epc_region() + (size_t)granule * EPC_GRANULE;
 }
 
-void *epc_allocate(size_t bytes, size_t alignment) {
+static void drop_piece(uint32_t piece) {
+    epc_drop((size_t)piece * PAGES_OF_GRANULE,
+             (size_t)region.pieces[piece].granules * PAGES_OF_GRANULE);
+}
+
+void *epc_allocate(size_t bytes, size_t alignment, bool zeroed) {
     size_t extra = alignment > EPC_GRANULE ? alignment : 0;
     size_t wanted = (bytes + extra + EPC_GRANULE - 1) / EPC_GRANULE;
     if (bytes + extra < bytes || wanted == 0 || wanted > region.granules) {
@@ -88,6 +94,10 @@ void *epc_allocate(size_t bytes, size_t alignment) {
     if (piece == EPC_NONE) {
         return NULL;
     }
+    if (zeroed && region.pieces[piece].used) {
+        drop_piece(piece);
+    }
+    region.pieces[piece].used = true;
     region.pieces[piece].unmapped = 0;
     atomic_store_explicit(&region.pieces[piece].asked,
                           (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE), memory_order_relaxed);
@@ -98,7 +108,6 @@ void *epc_allocate(size_t bytes, size_t alignment) {
 
 static void release_piece(uint32_t piece) {
     struct piece *entry = &region.pieces[piece];
-    epc_drop((size_t)piece * PAGES_OF_GRANULE, (size_t)entry->granules * PAGES_OF_GRANULE);
     atomic_fetch_sub_explicit(&epc.stats->allocated_bytes, (uint64_t)entry->granules * EPC_GRANULE,
                               memory_order_relaxed);
     pthread_mutex_lock(&region.lock);

@@ -1,7 +1,8 @@
 /* Which parts of the region are in use: the allocator of large pieces.
  *
  * Pieces begin at multiples of 64 KiB and come in sizes a quarter of a power of two apart. A piece
- * that is given back keeps its addresses for the next of its size; its pages are dropped at once. */
+ * that is given back keeps its addresses for the next of its size. Its pages stay where they are, as in
+ * an enclave of SGX1, which can't give memory back: in the EPC until they are evicted. */
 #ifndef LASAGNA_EPC_REGION_H
 #define LASAGNA_EPC_REGION_H
 
@@ -13,8 +14,9 @@
 /* Once, by the pager's start; false when there is no address space for its tables. */
 bool epc_region_start(void);
 
-/* So many bytes of zeros, aligned to 64 KiB or more; NULL when the region is full. */
-void *epc_allocate(size_t bytes, size_t alignment);
+/* So many bytes, of zeros if that is asked for, aligned to 64 KiB or more; NULL when the region is
+ * full. */
+void *epc_allocate(size_t bytes, size_t alignment, bool zeroed);
 
 /* Give a piece back; any address in it will do. */
 void epc_release(void *address);
@@ -22,7 +24,7 @@ void epc_release(void *address);
 /* How much the piece that holds this address has from there on. */
 size_t epc_usable(const void *address);
 
-/* As munmap: these pages are gone; the piece is given back with its last page. */
+/* As munmap: what these pages hold is gone; the piece is given back with its last page. */
 void epc_unmap(void *address, size_t bytes);
 
 /* Drop what whole pages of the range hold, as MADV_DONTNEED does. */

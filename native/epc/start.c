@@ -117,10 +117,7 @@ static void calibrate(const struct epc_costs *costs) {
     EPC_SET(charge_load_ns, costs->load_ns);
     EPC_SET(charge_add_ns, costs->add_ns);
     EPC_SET(charge_evict_ns, costs->evict_ns);
-    EPC_SET(entry_ns, costs->entry_ns);
-    pthread_mutex_lock(&epc.lock);
-    epc.costs = *costs;
-    pthread_mutex_unlock(&epc.lock);
+    EPC_SET(charge_entry_ns, costs->entry_ns);
 }
 
 static void publish(struct epc_stats *stats, uint64_t limit) {
@@ -128,7 +125,6 @@ static void publish(struct epc_stats *stats, uint64_t limit) {
     EPC_SET(pid, getpid());
     EPC_SET(limit_pages, limit);
     EPC_SET(region_pages, epc.region_pages);
-    EPC_SET(entry_ns, epc.costs.entry_ns);
 }
 
 bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, char *reason,

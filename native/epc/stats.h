@@ -23,13 +23,14 @@ struct epc_thread_stats {
 struct epc_stats {
     epc_counter magic;
     epc_counter pid;
-    /* Set by the process at its start; the host may lower or raise the limit later. */
+    /* Set by the process at its start; the host may change the limit and the charges later. */
     epc_counter limit_pages;
     epc_counter region_pages;
     /* What an operation is charged, and what it costs here without a charge (measured). */
     epc_counter charge_load_ns;
     epc_counter charge_add_ns;
     epc_counter charge_evict_ns;
+    epc_counter charge_entry_ns;
     epc_counter own_latency_ns; /* of a fault outside the pager: kernel and two context switches */
     epc_counter own_load_ns;    /* pager's part of a load: decrypt and map */
     epc_counter own_evict_ns;   /* pager's part of an eviction: unmap and encrypt */
@@ -52,7 +53,7 @@ struct epc_stats {
     epc_counter late_evicts;
     epc_counter unpaid_ns;   /* of late loads: what later ones could not make good */
     epc_counter entries;     /* enclave transitions that were charged: entry and exit are one */
-    epc_counter entry_ns;    /* what one was charged */
+    epc_counter entry_ns;    /* what they were charged */
     /* The emulator's own memory, which no enclave would have: its frames, backing store and tables.
      * Who measures the process's footprint leaves it out, and the region. */
     epc_counter own_start[EPC_STATS_RANGES];

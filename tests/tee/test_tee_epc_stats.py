@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lasagna.errors import LasagnaError
+from lasagna.tee.epc_profiles import Costs
 from lasagna.tee.epc_stats import (
     FIELDS,
     MAGIC,
@@ -20,6 +21,7 @@ from lasagna.tee.epc_stats import (
     processes,
     stats_path,
 )
+from lasagna.units import Bytes
 
 NATIVE = Path(__file__).parents[2] / "native"
 
@@ -57,7 +59,7 @@ def write(folder: Path, pid: int, **values: int) -> Path:
     return path
 
 
-def test_figures_are_read_and_the_limit_is_set(tmp_path: Path) -> None:
+def test_figures_are_read_and_limit_and_charges_are_set(tmp_path: Path) -> None:
     path = write(tmp_path, os.getpid(), magic=MAGIC, loaded=3, added=4, limit_pages=1000)
     file = StatsFile(path)
     stats = file.read()
@@ -65,7 +67,12 @@ def test_figures_are_read_and_the_limit_is_set(tmp_path: Path) -> None:
     assert (stats["loaded"], stats.faults) == (3, 7)
     assert [(t.tid, t.faults, t.fault_ns) for t in stats.threads] == [(77, 5, 60_000)]
     file.set_limit(900)
-    assert StatsFile(path).read()["limit_pages"] == 900
+    file.set_charges(Costs(Bytes(0), load_ns=1, add_ns=2, evict_ns=3, entry_ns=4))
+    found = StatsFile(path).read()
+    assert found["limit_pages"] == 900
+    charges = [found[f"charge_{name}_ns"] for name in ("load", "add", "evict", "entry")]
+    assert charges == [1, 2, 3, 4]
+    assert found["loaded"] == 3
 
 
 def test_only_processes_that_live_and_have_started_are_listed(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ VmFlags: rd wr mr mw me ac um
 Referenced:           40 kB
 7f0000600000-7f0000700000 r-xp 00000000 fe:00 124   /x/lasagna/liblasagna_epc.so
 Referenced:           80 kB
+7f0000800000-7f0000900000 r--s 00000000 fe:00 125   /models/squeezenet.lsg
+Referenced:         1024 kB
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0   [vsyscall]
 Referenced:            0 kB
 """

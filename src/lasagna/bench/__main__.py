@@ -19,6 +19,8 @@ from lasagna.bench.report import Result, write_results
 from lasagna.errors import LasagnaError
 
 BENCHMARKS: Final[dict[str, str]] = {
+    "baseline": "lasagna.bench.baseline",
+    "epc": "lasagna.bench.epc",
     "overhead": "lasagna.bench.overhead",
 }
 

@@ -14,29 +14,27 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from lasagna.bench.direct import ClientRequest, InsecureDirectEnclave
+from lasagna.bench.plain_session import Block, calls_in, native_block
 from lasagna.bench.report import Bar, Result
 from lasagna.bench.timing import Timings, measure
 from lasagna.enclave import messages as m
 from lasagna.errors import EnclaveError
-from lasagna.models.graph import Array
 from lasagna.models.seal import SealOptions, seal
-from lasagna.models.source import Source, open_session, prepare, random_inputs
+from lasagna.models.source import open_session, prepare, random_inputs
 from lasagna.models.zoo.catalog import CATALOG, load
 from lasagna.units import MIB, format_bytes
 
@@ -48,9 +46,6 @@ MIXED_SHARE: Final = 0.6
 BLOCK_S: Final = 0.25
 """Each candidate runs for about this long in a round, so that caches are its own."""
 KINDS: Final = ("pinned", "streamed", "mixed")
-
-Block: TypeAlias = Callable[[int], None]
-"""Runs one candidate so many times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +111,7 @@ def _model(name: str, rounds: int) -> Row:
         weights = manifest.variants[0].weight_bytes
         roomy = 2 * weights + 1024 * MIB
         inputs = random_inputs(open_session(source), 1, np.random.default_rng(1))
-        blocks: dict[str, Block] = {"native": _native(source, inputs)}
+        blocks: dict[str, Block] = {"native": native_block(source, inputs)}
         plans = {}
         budget = roomy
         for kind in KINDS:
@@ -130,25 +125,11 @@ def _model(name: str, rounds: int) -> Row:
             request = enclave.seal(manifest.inputs, inputs)
             blocks[f"{kind} alone"] = partial(_infer, enclave, request, in_flight=1)
             blocks[f"{kind} busy"] = partial(_infer, enclave, request, in_flight=2)
-        calls = _calls(blocks["native"])
+        calls = calls_in(BLOCK_S, blocks["native"], at_least=2)
         candidates = {what: partial(block, calls) for what, block in blocks.items()}
         timings = measure(candidates, rounds=rounds, warmup=1)
     per_request = {what: seconds / calls for what, seconds in timings.seconds.items()}
     return Row(name, weights, Timings(per_request), plans)
-
-
-def _native(source: Source, inputs: dict[str, Array]) -> Block:
-    """Plain ONNX Runtime at its best for one thread: every optimisation, arena, no spinning."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    session = open_session(source, options)
-
-    def block(calls: int) -> None:
-        for _ in range(calls):
-            session.run(None, inputs)
-
-    return block
 
 
 def _infer(
@@ -163,14 +144,6 @@ def _infer(
         (result,) = enclave.receive(m.Inferred).results
         if result.error:
             raise EnclaveError(result.error)
-
-
-def _calls(block: Block) -> int:
-    """How many calls take about ``BLOCK_S``."""
-    block(2)
-    start = time.perf_counter()
-    block(2)
-    return max(2, round(2 * BLOCK_S / (time.perf_counter() - start)))
 
 
 def _facts(row: Row) -> dict[str, object]:

@@ -114,7 +114,7 @@ def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
         "paging_s": stats["load_ns"] / 1e9,
         "reclaimer_s": stats["evict_ns"] / 1e9,
         "transitions": stats["entries"],
-        "transitions_s": stats["entries"] * stats["entry_ns"] / 1e9,
+        "transitions_s": stats["entry_ns"] / 1e9,
         "charge_of_a_load_ns": stats["charge_load_ns"],
         "own_cost_of_a_load_ns": latency,
         "charge_of_an_eviction_ns": stats["charge_evict_ns"],

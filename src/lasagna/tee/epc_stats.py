@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from lasagna.errors import LasagnaError
+from lasagna.tee.epc_profiles import Costs
 
 MAGIC: Final = 0x314350456E67734C
 RANGES: Final = 8
 THREADS: Final = 64
 FIELDS: Final = (
-    "magic pid limit_pages region_pages charge_load_ns charge_add_ns charge_evict_ns own_latency_ns"
-    " own_load_ns own_evict_ns resident_pages free_pages evicted_pages allocated_bytes"
-    " peak_resident_pages added loaded ahead evicted second_chances waits load_ns evict_ns"
-    " late_loads late_evicts unpaid_ns entries entry_ns"
+    "magic pid limit_pages region_pages charge_load_ns charge_add_ns charge_evict_ns"
+    " charge_entry_ns own_latency_ns own_load_ns own_evict_ns resident_pages free_pages"
+    " evicted_pages allocated_bytes peak_resident_pages added loaded ahead evicted"
+    " second_chances waits load_ns evict_ns late_loads late_evicts unpaid_ns entries entry_ns"
 ).split()
 """The counters, in the file's order; ranges and threads follow."""
 _LAYOUT: Final = struct.Struct(f"<{len(FIELDS) + 2 * RANGES + 3 * THREADS}Q")
@@ -95,7 +96,17 @@ class StatsFile:
 
     def set_limit(self, pages: int) -> None:
         """Lower the limit, or raise it again up to what the process was started with."""
-        struct.pack_into("<Q", self._memory, 8 * FIELDS.index("limit_pages"), pages)
+        self._set("limit_pages", pages)
+
+    def set_charges(self, costs: Costs) -> None:
+        """Charge other costs from now on; the limit stays."""
+        self._set("charge_load_ns", costs.load_ns)
+        self._set("charge_add_ns", costs.add_ns)
+        self._set("charge_evict_ns", costs.evict_ns)
+        self._set("charge_entry_ns", costs.entry_ns)
+
+    def _set(self, field: str, value: int) -> None:
+        struct.pack_into("<Q", self._memory, 8 * FIELDS.index(field), value)
 
 
 def processes(folder: Path) -> Iterator[StatsFile]:

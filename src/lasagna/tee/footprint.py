@@ -2,9 +2,10 @@
 
 Code, stacks and small allocations live outside the region, but an enclave's would lie in the EPC.
 So the pages of them that are *hot*, referenced while the process works, are deducted from its
-limit. The kernel tells them: ``clear_refs`` forgets which pages were referenced, ``smaps`` says
-which have been since (proc(5)). The emulator's own memory, which no enclave would have, is left
-out.
+limit. Shared mappings are not counted: what an enclave shares with its host, such as the sealed
+package, is not in the EPC. The kernel tells them: ``clear_refs`` forgets which pages were
+referenced, ``smaps`` says which have been since (proc(5)). The emulator's own memory, which no
+enclave would have, is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lasagna.tee.epc import MIN_PAGES
 from lasagna.tee.epc_stats import StatsFile
 from lasagna.units import KIB, PAGE, Bytes
 
-_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
+_MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) \S+ \S+ \S+ *(.*)")
 _EMULATOR: Final = "liblasagna_epc.so"
 _REFERENCED: Final = "Referenced:"
 
@@ -36,7 +37,8 @@ def referenced_bytes(smaps: str, without: Sequence[tuple[int, int]]) -> Bytes:
         if mapping:
             start, end = int(mapping[1], 16), int(mapping[2], 16)
             overlaps = any(start < s + size and s < end for s, size in without if size)
-            counted = not overlaps and _EMULATOR not in mapping[3]
+            shared = mapping[3] == "s"
+            counted = not overlaps and not shared and _EMULATOR not in mapping[4]
         elif counted and line.startswith(_REFERENCED):
             total += int(line.split()[1]) * KIB
     return Bytes(total)
