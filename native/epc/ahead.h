@@ -9,6 +9,7 @@
 #ifndef LASAGNA_EPC_AHEAD_H
 #define LASAGNA_EPC_AHEAD_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #define EPC_STREAMS 16u    /* sequences of faults that are told apart */
@@ -52,10 +53,14 @@ static inline uint32_t epc_stream_of(struct epc_streams *all, uint32_t page,
     return oldest;
 }
 
-/* The sequence goes on with one of these pages, if the guess is right. */
-static inline void epc_expect(struct epc_streams *all, uint32_t stream, const uint32_t pages[2]) {
-    all->entries[stream].expected[EPC_FORWARD] = pages[EPC_FORWARD];
-    all->entries[stream].expected[EPC_BACKWARD] = pages[EPC_BACKWARD];
+/* The sequence goes on with one of these pages, if the guess is right: in either direction after its
+ * first page, and in the one that it has taken from then on. */
+static inline void epc_expect(struct epc_streams *all, uint32_t stream,
+                              enum epc_direction direction, const uint32_t pages[2]) {
+    bool begun = all->entries[stream].window > 1;
+    for (int i = EPC_FORWARD; i <= EPC_BACKWARD; i++) {
+        all->entries[stream].expected[i] = begun && i != (int)direction ? UINT32_MAX : pages[i];
+    }
 }
 
 #endif

@@ -34,17 +34,6 @@ static void note_fault(uint32_t tid, uint32_t pages, uint64_t spent) {
     }
 }
 
-/* Wait until there is a frame to give out. Lock held, released meanwhile. */
-static void wait_for_frame(void) {
-    if (epc_available() == 0) {
-        EPC_ADD(waits, 1);
-    }
-    while (epc_available() == 0) {
-        pthread_cond_signal(&epc.work);
-        epc_wait(&epc.freed, "no page could be evicted for a minute: everything is pinned");
-    }
-}
-
 static void add_debt(uint64_t overrun) {
     uint64_t room = DEBT_MAX_NS - epc.debt_ns;
     epc.debt_ns += overrun < room ? overrun : room;
@@ -161,8 +150,9 @@ static void map(const struct batch *batch) {
     }
 }
 
-/* Bring a page that has no frame into memory, and others ahead. While a charge runs, frames become free
- * and the batch grows, up to the window. Lock held, released meanwhile. */
+/* Bring a page that has no frame into memory, and others ahead; there must be a free frame. While a
+ * charge runs, more frames become free and the batch grows, up to the window. Lock held, released
+ * meanwhile. */
 static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t start, uint32_t tid) {
     static struct epc_streams streams;
     static uint64_t map_ns; /* what mapping a page of a batch takes, on average of late */
@@ -172,7 +162,9 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     if (!batch.sealed && first == epc_allocation_start(first) && batch.window < EPC_FIRST_TOUCH) {
         batch.window = EPC_FIRST_TOUCH; /* a new buffer is filled from its start */
     }
-    wait_for_frame();
+    if (epc.calibrating) {
+        batch.window = 1;
+    }
     add(&batch, first);
     extend(&batch);
     pthread_mutex_unlock(&epc.lock);
@@ -195,7 +187,7 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     }
 
     pthread_mutex_lock(&epc.lock);
-    epc_expect(&streams, stream, batch.next);
+    epc_expect(&streams, stream, batch.direction, batch.next);
     for (uint32_t i = 0; i < batch.count; i++) {
         queue_push(epc.pages, &epc.active, batch.pages[i]);
         epc_settle(batch.pages[i], PAGE_MAPPED);
@@ -212,20 +204,38 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     epc_note_levels();
 }
 
+/* Wait until the page is at rest, and a frame is free if it needs one; its state then. Waiting is not
+ * charged for: a real enclave's fault waits for the reclaimer as well. Lock held, released meanwhile. */
+static enum page_state wait_for(uint32_t number) {
+    struct timespec until = epc_patience();
+    bool counted = false;
+    for (;;) {
+        enum page_state state = epc.pages[number].state;
+        if (state == PAGE_BUSY) {
+            epc_wait(&epc.settled, &until, "a page was busy for a minute");
+        } else if ((state == PAGE_ABSENT || state == PAGE_OUT) && epc_available() == 0) {
+            if (!counted) {
+                EPC_ADD(waits, 1);
+                counted = true;
+            }
+            pthread_cond_signal(&epc.work);
+            epc_wait(&epc.freed, &until, "no page could be evicted for a minute: all are pinned");
+        } else {
+            return state;
+        }
+    }
+}
+
 static void resolve(const struct epc_fault *fault, struct epc_sealer *const *sealers) {
-    uint64_t start = epc_now_ns();
     uint32_t number = (uint32_t)((fault->address - (uintptr_t)epc.region) / EPC_PAGE);
     pthread_mutex_lock(&epc.lock);
-    while (epc.pages[number].state == PAGE_BUSY) {
-        epc_wait(&epc.settled, "a page was busy for a minute");
-    }
-    switch (epc.pages[number].state) {
+    switch (wait_for(number)) {
     case PAGE_PROBATION:
         second_chance(number);
         break;
     case PAGE_ABSENT:
     case PAGE_OUT:
-        load(number, sealers, start, fault->tid);
+        load(number, sealers, epc_now_ns(), fault->tid);
         break;
     default: /* another thread's fault brought it */
         epc_uffd_wake(epc.uffd, (void *)fault->address);

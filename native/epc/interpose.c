@@ -31,7 +31,7 @@ extern void *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 extern void __libc_free(void *);
 
-static bool active; /* set once, before the program's first thread */
+static bool active; /* set once, when this library starts */
 static size_t (*libc_usable_size)(void *);
 
 static void before_fork(void) {
@@ -60,7 +60,7 @@ __attribute__((constructor)) static void start(void) {
     if (!epc_pager_start(&config, stats, reason, sizeof reason)) {
         epc_host_refuse(reason);
     }
-    /* First among all handlers, so that nobody touches the region in a child before we watch it. */
+    /* Handlers of libraries that started before us run inside of ours: they must not touch the region. */
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
     active = true;
 }
@@ -100,7 +100,13 @@ EXPORT size_t malloc_usable_size(void *memory) {
     if (memory == NULL) {
         return 0;
     }
-    return epc_contains(memory) ? epc_usable(memory) : libc_usable_size(memory);
+    if (epc_contains(memory)) {
+        return epc_usable(memory);
+    }
+    if (libc_usable_size == NULL) { /* a library that starts before us asks */
+        libc_usable_size = (size_t(*)(void *))(uintptr_t)dlsym(RTLD_NEXT, "malloc_usable_size");
+    }
+    return libc_usable_size(memory);
 }
 
 EXPORT void *realloc(void *memory, size_t bytes) {
@@ -174,6 +180,9 @@ EXPORT void *mmap(void *address, size_t bytes, int protection, int flags, int fi
         void *memory = allocate(bytes, 1, true);
         return memory == NULL ? MAP_FAILED : memory;
     }
+    if ((flags & MAP_FIXED) && epc_contains(address)) {
+        epc_die("mmap with MAP_FIXED into emulated memory is not supported");
+    }
     return system_mmap(address, bytes, protection, flags, file, offset);
 }
 
@@ -196,11 +205,15 @@ EXPORT void *mremap(void *address, size_t bytes, size_t wanted, int flags, ...) 
         va_start(rest, flags);
         void *to = (flags & MREMAP_FIXED) ? va_arg(rest, void *) : NULL;
         va_end(rest);
+        if (to != NULL && epc_contains(to)) {
+            epc_die("mremap into emulated memory is not supported");
+        }
         return (void *)syscall(SYS_mremap, address, bytes, wanted, flags, to);
     }
     if (wanted <= bytes) {
-        if (wanted < bytes) {
-            epc_clear((char *)address + wanted, bytes - wanted);
+        size_t kept = (wanted + EPC_PAGE - 1) / EPC_PAGE * EPC_PAGE;
+        if (kept < bytes) {
+            epc_unmap((char *)address + kept, bytes - kept);
         }
         return address;
     }

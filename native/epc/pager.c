@@ -2,6 +2,7 @@
 #include "pager.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -27,6 +28,7 @@ _Noreturn void epc_die(const char *what) {
     syscall(SYS_write, STDERR_FILENO, prefix, sizeof prefix - 1);
     syscall(SYS_write, STDERR_FILENO, what, strlen(what));
     syscall(SYS_write, STDERR_FILENO, "\n", 1);
+    signal(SIGABRT, SIG_DFL); /* a handler could touch a page that nobody brings any more */
     abort();
 }
 
@@ -38,12 +40,23 @@ void epc_spin_until(uint64_t time_ns) {
     }
 }
 
-void epc_wait(pthread_cond_t *condition, const char *what) {
+struct timespec epc_patience(void) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += PATIENCE_S;
-    if (pthread_cond_timedwait(condition, &epc.lock, &until) == ETIMEDOUT) {
+    return until;
+}
+
+void epc_wait(pthread_cond_t *condition, const struct timespec *until, const char *what) {
+    if (pthread_cond_timedwait(condition, &epc.lock, until) == ETIMEDOUT) {
         epc_die(what);
+    }
+}
+
+void epc_refuse_stack(void) {
+    char here;
+    if (epc_contains(&here)) {
+        epc_die("a thread's stack was allocated from the heap, which is not supported");
     }
 }
 
@@ -121,14 +134,24 @@ bool epc_contains(const void *address) {
            epc.region != NULL;
 }
 
+/* Wait until no page of the range is in transition. Lock held, released meanwhile. */
+static void settle_range(size_t first, size_t count) {
+    struct timespec until = epc_patience();
+    for (size_t i = first; i < first + count; i++) {
+        if (epc.pages[i].state == PAGE_BUSY) {
+            epc_wait(&epc.settled, &until, "a page was busy for a minute");
+            i = first - 1; /* others may have become busy meanwhile */
+        }
+    }
+}
+
 void epc_drop(size_t first, size_t count) {
+    epc_refuse_stack();
     pthread_mutex_lock(&epc.lock);
+    settle_range(first, count);
     uint32_t mapped = 0;
     for (size_t i = first; i < first + count; i++) {
         struct page *page = &epc.pages[i];
-        while (page->state == PAGE_BUSY) {
-            epc_wait(&epc.settled, "a page was busy for a minute");
-        }
         if (page->state == PAGE_MAPPED) {
             queue_remove(epc.pages, &epc.active, (uint32_t)i);
             mapped++;

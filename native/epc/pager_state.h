@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <time.h>
 
 #include "ahead.h"
 #include "pager.h"
@@ -42,6 +43,8 @@ struct pager {
     struct slot_set empty;
     uint32_t allocated; /* frames in use: mapped, on probation, promised to a fault */
     uint32_t busy;      /* pages in transition, and batches of frames that are given up */
+    bool calibrating; /* faults bring one page each */
+    bool forking;     /* the reclaimer pauses */
     uint64_t next_version;
     uint64_t debt_ns;  /* what faults took above their charge, to be made good by later ones */
 };
@@ -94,7 +97,13 @@ void epc_note_own(const void *start, size_t bytes);
 /* Spin until this time, if it has not passed already. */
 void epc_spin_until(uint64_t time_ns);
 
-/* Wait, and end the process if nothing comes for a minute. Lock held. */
-void epc_wait(pthread_cond_t *condition, const char *what);
+/* A minute from now: no wait is longer. */
+struct timespec epc_patience(void);
+
+/* Wait, and end the process if that time comes. Lock held. */
+void epc_wait(pthread_cond_t *condition, const struct timespec *until, const char *what);
+
+/* End the process if this thread's stack is in the region: it could fault while it holds the lock. */
+void epc_refuse_stack(void);
 
 #endif

@@ -11,7 +11,7 @@
 /*            fault                 reclaim              drop
  *  ABSENT    -> BUSY -> MAPPED                          .
  *  MAPPED    .                     -> BUSY -> PROBATION -> ABSENT
- *  PROBATION -> MAPPED             -> BUSY -> OUT       -> ABSENT
+ *  PROBATION -> BUSY -> MAPPED     -> BUSY -> OUT       -> ABSENT
  *  OUT       -> BUSY -> MAPPED                          -> ABSENT
  *  BUSY      waits                 left alone           waits            */
 enum page_state { PAGE_ABSENT, PAGE_MAPPED, PAGE_PROBATION, PAGE_OUT, PAGE_BUSY };
@@ -21,6 +21,7 @@ struct page {
     uint32_t next, previous;
     uint32_t slot; /* on probation: where its frame is */
     uint8_t state;
+    uint8_t unmapped; /* munmap took it: guarded by the allocator's lock, and its own */
     uint8_t key; /* which of the process's keys sealed it: after fork there is a new one */
     unsigned char tag[EPC_TAG];
 };

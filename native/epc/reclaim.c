@@ -6,6 +6,9 @@
 #include "pager_state.h"
 #include "uffd.h"
 
+/* How long a limit that was lowered may take to be noticed by a program that has no faults. */
+#define LIMIT_CHECK_NS 50000000
+
 /* Put up to two batches of the oldest mapped pages on probation. Lock held, released meanwhile. */
 static void age(void) {
     uint32_t chosen[2 * EPC_BATCH], sorted[2 * EPC_BATCH], slots[2 * EPC_BATCH];
@@ -134,7 +137,9 @@ static bool evict_batch(struct reclaimer *self) {
     }
     epc.allocated -= count;
     epc_note_levels();
-    pthread_cond_broadcast(&epc.freed);
+    if (count > 0) {
+        pthread_cond_broadcast(&epc.freed);
+    }
     return count > 0;
 }
 
@@ -148,19 +153,34 @@ static struct reclaimer new_reclaimer(void) {
 
 static void begin_work(struct reclaimer *self) { self->charged_until = self->last = epc_now_ns(); }
 
+/* Wait for work, but not for long: the host may have lowered the limit. Lock held. */
+static void wait_for_work(void) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += LIMIT_CHECK_NS;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    pthread_cond_timedwait(&epc.work, &epc.lock, &until);
+}
+
 void *epc_reclaim(void *unused) {
     (void)unused;
     pthread_mutex_lock(&epc.lock);
     struct reclaimer self = new_reclaimer();
     for (;;) {
         while (epc_available() >= EPC_LOW) {
-            pthread_cond_wait(&epc.work, &epc.lock);
+            wait_for_work();
         }
         begin_work(&self);
         while (epc_available() < EPC_HIGH) {
+            struct timespec until = epc_patience();
+            while (epc.forking) {
+                epc_wait(&epc.settled, &until, "a fork took a minute");
+            }
             if (!evict_batch(&self)) {
-                /* Nothing to evict: pages are busy or few. A fault that ends wakes us. */
-                pthread_cond_wait(&epc.work, &epc.lock);
+                wait_for_work(); /* nothing to evict: pages are busy or few */
                 begin_work(&self);
             }
         }

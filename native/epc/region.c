@@ -64,11 +64,6 @@ static char *address_of(uint32_t granule) {
     return epc_region() + (size_t)granule * EPC_GRANULE;
 }
 
-static void drop_piece(uint32_t piece) {
-    epc_drop((size_t)piece * PAGES_OF_GRANULE,
-             (size_t)region.pieces[piece].granules * PAGES_OF_GRANULE);
-}
-
 void *epc_allocate(size_t bytes, size_t alignment, bool zeroed) {
     size_t extra = alignment > EPC_GRANULE ? alignment : 0;
     size_t wanted = (bytes + extra + EPC_GRANULE - 1) / EPC_GRANULE;
@@ -94,29 +89,38 @@ void *epc_allocate(size_t bytes, size_t alignment, bool zeroed) {
     if (piece == EPC_NONE) {
         return NULL;
     }
-    if (zeroed && region.pieces[piece].used) {
-        drop_piece(piece);
-    }
+    bool used = region.pieces[piece].used;
     region.pieces[piece].used = true;
-    region.pieces[piece].unmapped = 0;
     atomic_store_explicit(&region.pieces[piece].asked,
                           (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE), memory_order_relaxed);
     EPC_ADD(allocated_bytes, (uint64_t)size * EPC_GRANULE);
     uintptr_t start = (uintptr_t)address_of(piece);
-    return (void *)(extra ? (start + alignment - 1) / alignment * alignment : start);
+    void *memory = (void *)(extra ? (start + alignment - 1) / alignment * alignment : start);
+    if (zeroed && used) { /* as an enclave of SGX1 has to: its memory was never given back */
+        memset(memory, 0, (bytes + EPC_PAGE - 1) / EPC_PAGE * EPC_PAGE);
+    }
+    return memory;
 }
 
+/* Lock held. */
 static void release_piece(uint32_t piece) {
     struct piece *entry = &region.pieces[piece];
     atomic_fetch_sub_explicit(&epc.stats->allocated_bytes, (uint64_t)entry->granules * EPC_GRANULE,
                               memory_order_relaxed);
-    pthread_mutex_lock(&region.lock);
+    uint32_t first = piece * PAGES_OF_GRANULE;
+    for (uint32_t i = 0; entry->unmapped > 0 && i < entry->granules * PAGES_OF_GRANULE; i++) {
+        epc.pages[first + i].unmapped = 0;
+    }
+    entry->unmapped = 0;
     entry->next_free = region.free_list[entry->class_of];
     region.free_list[entry->class_of] = piece;
-    pthread_mutex_unlock(&region.lock);
 }
 
-void epc_release(void *address) { release_piece(piece_of(granule_of(address))); }
+void epc_release(void *address) {
+    pthread_mutex_lock(&region.lock);
+    release_piece(piece_of(granule_of(address)));
+    pthread_mutex_unlock(&region.lock);
+}
 
 size_t epc_usable(const void *address) {
     uint32_t piece = piece_of(granule_of(address));
@@ -136,17 +140,28 @@ void epc_clear(void *address, size_t bytes) {
 }
 
 void epc_unmap(void *address, size_t bytes) {
-    uint32_t piece = piece_of(granule_of(address));
-    struct piece *entry = &region.pieces[piece];
-    size_t pages = (bytes + EPC_PAGE - 1) / EPC_PAGE;
-    epc_clear(address, pages * EPC_PAGE);
+    uint32_t first = (uint32_t)(((char *)address - epc_region()) / EPC_PAGE);
+    uint32_t end = first + (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE);
+    end = end < epc_region_pages() ? end : (uint32_t)epc_region_pages();
     pthread_mutex_lock(&region.lock);
-    entry->unmapped += (uint32_t)pages;
-    bool all = entry->unmapped >= atomic_load_explicit(&entry->asked, memory_order_relaxed);
-    pthread_mutex_unlock(&region.lock);
-    if (all) {
-        release_piece(piece);
+    while (first < end) { /* piece by piece */
+        uint32_t piece = piece_of(first / PAGES_OF_GRANULE), taken = 0;
+        struct piece *entry = &region.pieces[piece];
+        uint32_t stop = (piece + entry->granules) * PAGES_OF_GRANULE;
+        if (entry->granules == 0) {
+            break; /* nobody has ever allocated this */
+        }
+        for (; first < end && first < stop; first++) {
+            taken += !epc.pages[first].unmapped;
+            epc.pages[first].unmapped = 1;
+        }
+        entry->unmapped += taken;
+        if (taken > 0 && entry->unmapped ==
+                             atomic_load_explicit(&entry->asked, memory_order_relaxed)) {
+            release_piece(piece);
+        }
     }
+    pthread_mutex_unlock(&region.lock);
 }
 
 void epc_region_before_fork(void) { pthread_mutex_lock(&region.lock); }

@@ -24,7 +24,7 @@ void epc_release(void *address);
 /* How much the piece that holds this address has from there on. */
 size_t epc_usable(const void *address);
 
-/* As munmap: what these pages hold is gone; the piece is given back with its last page. */
+/* As munmap: nobody uses these pages any more; a piece is given back with its last page. */
 void epc_unmap(void *address, size_t bytes);
 
 /* Drop what whole pages of the range hold, as MADV_DONTNEED does. */

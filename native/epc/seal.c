@@ -1,9 +1,9 @@
 #include "seal.h"
 
 #include <openssl/evp.h>
-#include <openssl/rand.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 #define NONCE 12
 #define AAD 16
@@ -13,7 +13,10 @@ struct epc_sealer {
     EVP_CIPHER_CTX *decrypt;
 };
 
-bool epc_random_key(unsigned char key[EPC_KEY]) { return RAND_bytes(key, EPC_KEY) == 1; }
+/* Not from libcrypto, whose generator may be locked by another thread when a program forks. */
+bool epc_random_key(unsigned char key[EPC_KEY]) {
+    return getrandom(key, EPC_KEY, 0) == EPC_KEY;
+}
 
 struct epc_sealer *epc_sealer_new(const unsigned char key[EPC_KEY]) {
     struct epc_sealer *sealer = calloc(1, sizeof *sealer);

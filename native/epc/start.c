@@ -12,6 +12,15 @@
 #include "region.h"
 #include "uffd.h"
 
+/* Whoever holds the lock runs with the priority of whoever waits for it: the reclaimer's is low. */
+static void init_lock(void) {
+    pthread_mutexattr_t inherit;
+    pthread_mutexattr_init(&inherit);
+    pthread_mutexattr_setprotocol(&inherit, PTHREAD_PRIO_INHERIT);
+    pthread_mutex_init(&epc.lock, &inherit);
+    pthread_mutexattr_destroy(&inherit);
+}
+
 static bool start_threads(void) {
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
@@ -82,11 +91,11 @@ static int ascending(const void *a, const void *b) {
     return (left > right) - (left < right);
 }
 
-/* The time of touching every other page, when the pager charges nothing; none comes ahead. */
+/* The time of touching pages one by one, when the pager charges nothing and brings none ahead. */
 static void touch(size_t first, size_t count, uint64_t *times) {
     for (size_t i = 0; i < count; i++) {
         uint64_t start = epc_now_ns();
-        *(volatile char *)(epc.region + (first + 2 * i) * EPC_PAGE) = 1;
+        *(volatile char *)(epc.region + (first + i) * EPC_PAGE) = 1;
         times[i] = epc_now_ns() - start;
     }
 }
@@ -94,7 +103,7 @@ static void touch(size_t first, size_t count, uint64_t *times) {
 /* What this machine takes for a load and an eviction, so that a charge adds the difference only. */
 static void calibrate(const struct epc_costs *costs) {
     enum { COUNT = 64, ROUNDS = 5 };
-    size_t first = epc.region_pages - 2 * COUNT;
+    size_t first = epc.region_pages - COUNT;
     uint64_t times[ROUNDS * COUNT];
     touch(first, COUNT, times);
     uint64_t before = atomic_load(&epc.stats->load_ns);
@@ -107,7 +116,10 @@ static void calibrate(const struct epc_costs *costs) {
     uint64_t inside_ns = (atomic_load(&epc.stats->load_ns) - before) / (ROUNDS * COUNT);
     uint64_t evicted = atomic_load(&epc.stats->evicted);
     EPC_SET(own_evict_ns, evicted > 0 ? atomic_load(&epc.stats->evict_ns) / evicted : 0);
-    epc_drop(first, 2 * COUNT);
+    epc_drop(first, COUNT);
+    pthread_mutex_lock(&epc.lock);
+    epc.calibrating = false;
+    pthread_mutex_unlock(&epc.lock);
     EPC_SET(own_latency_ns, whole_ns > inside_ns ? whole_ns - inside_ns : 0);
     EPC_SET(own_load_ns, inside_ns);
     for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entries; sum++) {
@@ -148,7 +160,8 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
         return false;
     }
     epc.key_count = 1;
-    pthread_mutex_init(&epc.lock, NULL);
+    epc.calibrating = true;
+    init_lock();
     queue_init(&epc.active);
     queue_init(&epc.probation);
     queue_init(&epc.out);
@@ -163,18 +176,25 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
 }
 
 void epc_before_fork(void) {
+    epc_refuse_stack();
     pthread_mutex_lock(&epc.lock);
+    epc.forking = true;
+    struct timespec until = epc_patience();
     while (epc.busy > 0) {
-        epc_wait(&epc.settled, "a page was busy for a minute");
+        epc_wait(&epc.settled, &until, "a page was busy for a minute");
     }
+    epc.forking = false;
 }
 
-void epc_after_fork_in_parent(void) { pthread_mutex_unlock(&epc.lock); }
+void epc_after_fork_in_parent(void) {
+    pthread_cond_broadcast(&epc.settled);
+    pthread_mutex_unlock(&epc.lock);
+}
 
 void epc_after_fork_in_child(struct epc_stats *stats) {
     char reason[200];
     close(epc.uffd);
-    pthread_mutex_init(&epc.lock, NULL);
+    init_lock();
     uint64_t limit = epc_limit();
     memcpy(stats, epc.stats, sizeof *stats);
     publish(stats, limit);

@@ -17,7 +17,7 @@ typedef _Atomic uint64_t epc_counter;
 struct epc_thread_stats {
     epc_counter tid;      /* of the thread that faulted; 0: entry is free */
     epc_counter faults;   /* pages loaded or added for it */
-    epc_counter fault_ns; /* from reading the fault to resolving it, charge included */
+    epc_counter fault_ns; /* from taking the fault up to resolving it, charge included */
 };
 
 struct epc_stats {

@@ -11,6 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "pager.h"
 #include "seal.h"
 
 /* Debian 12's headers are older than the call. */
@@ -130,7 +131,9 @@ void *epc_reserve(size_t bytes) {
 }
 
 void epc_discard(void *start, size_t bytes) {
-    syscall(SYS_madvise, start, bytes, MADV_DONTNEED);
+    if (syscall(SYS_madvise, start, bytes, MADV_DONTNEED) != 0) {
+        epc_die("memory can't be given up: is it locked (mlock)?");
+    }
 }
 
 void epc_small_pages(void *start, size_t bytes) {

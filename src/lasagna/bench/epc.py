@@ -107,7 +107,7 @@ def run(*, quick: bool) -> Result:
             "unit": "microseconds a load; seconds a run for the network",
             "median_us": medians,
             "charge_us": charges,
-            "share_of_pages_brought_ahead": ahead,
+            "share_of_pages_brought_ahead_in_the_last_round": ahead,
             "emulated": "the EPC: real page traffic, charges as published",
         },
         figure=_figure(medians, charges),

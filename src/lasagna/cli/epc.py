@@ -76,7 +76,9 @@ def run(
     status = child.wait()
     seconds = time.perf_counter() - begin
     path = stats_path(folder, child.pid)
-    if status != CANNOT_START and path.exists():
+    if status != CANNOT_START and not path.exists():
+        raise _Failed(f"{command[0]} ran without the emulator: see above", CANNOT_START)
+    if status != CANNOT_START:
         _report(StatsFile(path).read(), seconds, as_json=as_json)
     path.unlink(missing_ok=True)
     raise typer.Exit(status if status >= 0 else 128 - status)

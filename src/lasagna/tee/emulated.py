@@ -7,11 +7,11 @@ enclave works, its hot pages outside the emulated region are measured and deduct
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from pathlib import Path
 from typing import Final
 
+from lasagna.errors import LasagnaError
 from lasagna.tee.backend import EnclaveBackend, EnclaveSpec
 from lasagna.tee.epc import emulator_environment, stats_folder, why_not
 from lasagna.tee.epc_profiles import Costs
@@ -81,11 +81,11 @@ class EmulatedEnclave(ChildProcess):
 
 async def _observe(path: Path, limit_pages: int) -> None:
     footprint: Footprint | None = None
-    with contextlib.suppress(OSError):  # the process has ended
+    try:
         while True:
             await asyncio.sleep(OBSERVE_S)
             if footprint is None:
-                footprint = Footprint(StatsFile(path), limit_pages)
+                footprint = _started(path, limit_pages)
             else:
                 before = footprint.hot_bytes
                 await asyncio.to_thread(footprint.deduct)
@@ -95,7 +95,19 @@ async def _observe(path: Path, limit_pages: int) -> None:
                         path.stem,
                         format_bytes(footprint.hot_bytes),
                     )
-            await asyncio.to_thread(footprint.begin)
+            if footprint is not None:
+                await asyncio.to_thread(footprint.begin)
+    except OSError as error:  # the process has ended, or is somebody else's
+        _log.debug("enclave %s: no longer observed: %s", path.stem, error)
+
+
+def _started(path: Path, limit_pages: int) -> Footprint | None:
+    """Begin to observe, if the emulator has started."""
+    try:
+        file = StatsFile(path)
+    except (FileNotFoundError, LasagnaError):
+        return None  # not yet
+    return Footprint(file, limit_pages) if file.started else None
 
 
 def choose_backend(costs: Costs | None) -> tuple[EnclaveBackend, str | None]:

@@ -17,6 +17,7 @@ from typing import Final
 import lasagna
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.tee.epc_profiles import Costs
+from lasagna.tee.epc_stats import StatsFile
 from lasagna.units import GIB, PAGE, Bytes, format_bytes
 
 CANNOT_START: Final = 125
@@ -81,7 +82,12 @@ def emulator_environment(
         if "," in str(stats):
             raise UsageError(f"a folder for statistics must not have a comma in its name: {stats}")
         text += f",stats={stats},keep={int(keep)}"
-    return {"LD_PRELOAD": str(emulator_library()), "LASAGNA_EPC": text}
+    library = str(emulator_library())
+    if " " in library or ":" in library:
+        raise LasagnaError(
+            f"a library with a blank or a colon in its path can't be used: {library}"
+        )
+    return {"LD_PRELOAD": library, "LASAGNA_EPC": text}
 
 
 def stats_folder() -> Path:
@@ -105,15 +111,19 @@ def why_not() -> str | None:
     """Why the emulator does not run here, found by trying; None if it does."""
     free = Costs(Bytes(MIN_PAGES * PAGE), 0, 0, 0, 0)
     try:
-        environment = os.environ | emulator_environment(free)
-        subprocess.run(
-            ["/bin/true"],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_PROBE_TIMEOUT_S,
-        )
+        with tempfile.TemporaryDirectory(prefix="lasagna-epc-") as folder:
+            environment = os.environ | emulator_environment(free, Path(folder), keep=True)
+            done = subprocess.run(
+                ["/bin/true"],
+                env=environment,
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_PROBE_TIMEOUT_S,
+            )
+            # The dynamic linker only warns of a library that it can't preload.
+            if not any(StatsFile(path).started for path in Path(folder).iterdir()):
+                return (done.stderr or "").strip() or "the library was not preloaded"
     except LasagnaError as error:
         return str(error)
     except subprocess.CalledProcessError as error:
