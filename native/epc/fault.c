@@ -11,6 +11,8 @@
 #define EPC_FIRST_TOUCH (EPC_GRANULE / EPC_PAGE)
 /* A batch grows by so many pages at once, for the sake of neighbours among them. */
 #define AT_ONCE 8u
+/* Threads may fault on a page that is being mapped, but not so often in a row. */
+#define TOO_OFTEN 100000u
 /* Overruns beyond this are not made good later: charges should be right over milliseconds. */
 #define DEBT_MAX_NS UINT64_C(20000000)
 
@@ -227,6 +229,7 @@ static enum page_state wait_for(uint32_t number) {
 }
 
 static void resolve(const struct epc_fault *fault, struct epc_sealer *const *sealers) {
+    static uint32_t last = EPC_NONE, again;
     uint32_t number = (uint32_t)((fault->address - (uintptr_t)epc.region) / EPC_PAGE);
     pthread_mutex_lock(&epc.lock);
     switch (wait_for(number)) {
@@ -238,8 +241,13 @@ static void resolve(const struct epc_fault *fault, struct epc_sealer *const *sea
         load(number, sealers, epc_now_ns(), fault->tid);
         break;
     default: /* another thread's fault brought it */
+        again = number == last ? again + 1 : 0;
+        if (again == TOO_OFTEN) {
+            epc_die("a page that is mapped faults again and again");
+        }
         epc_uffd_wake(epc.uffd, (void *)fault->address);
     }
+    last = number;
     pthread_mutex_unlock(&epc.lock);
 }
 

@@ -1,0 +1,115 @@
+"""Which visit is best now: urgent ones first, then the most efficient. Reads the state only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lasagna.policy.costs import Correction
+from lasagna.policy.state import NEVER, ModelState, Request, StageState
+
+
+class Choice:
+    """Predicts visits and compares them. See ``policy.scheduler`` for the rule."""
+
+    def __init__(self, entry_s: float, patience_s: float) -> None:
+        """Nothing is planned.
+
+        Args:
+            entry_s: what a call into the enclave takes.
+            patience_s: who has waited so long is urgent.
+        """
+        self.loading = Correction()
+        self._entry_s = entry_s
+        self._patience_s = patience_s
+        self._longest_s = 0.0
+
+    def planned(self, models: Iterable[ModelState]) -> None:
+        """The stages are new: how long may one visit keep others waiting?"""
+        visits = [
+            self.visit_s(model, stage, stage.plan.rows)
+            for model in models
+            for stage in model.stages
+        ]
+        self._longest_s = max(visits, default=0.0)
+
+    def profile_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of computing that the profile says."""
+        found = stage.profile_s.get(rows)
+        if found is None:
+            found = model.costs.compute_at(stage.plan.first, stage.plan.last, rows)
+            stage.profile_s[rows] = found
+        return found
+
+    def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of a visit: loading overlaps computing."""
+        compute_s = stage.correction.factor * self.profile_s(model, stage, rows)
+        return max(compute_s, self.loading.factor * stage.load_s) + self._entry_s
+
+    def row_s(self, model: ModelState) -> float:
+        """Seconds that a row takes of the server, when all batches are full."""
+        return sum(
+            self.visit_s(model, stage, stage.plan.rows) / stage.plan.rows for stage in model.stages
+        )
+
+    def through_s(self, model: ModelState, index: int) -> float:
+        """Seconds that a row needs from this stage to the end, alone."""
+        return sum(self.visit_s(model, stage, 1) for stage in model.stages[index:])
+
+    def best(
+        self,
+        models: Iterable[ModelState],
+        requests: Mapping[int, Request],
+        now_s: float,
+        *,
+        admit: bool,
+    ) -> tuple[ModelState, int, int] | None:
+        """The visit to start now: its model, the number of its stage, rows; None if there is none.
+
+        Args:
+            models: that are served.
+            requests: by id.
+            now_s: the time.
+            admit: whether rows may come in from outside.
+        """
+        found: tuple[ModelState, int, int] | None = None
+        least: tuple[float, ...] = ()
+        for model in models:
+            for index, stage in enumerate(model.stages):
+                outside = model.outside.rows if admit and not index else 0
+                rows = min(stage.waiting_rows + outside, stage.plan.rows)
+                if index + 1 < len(model.stages):
+                    following = model.stages[index + 1]
+                    rows = min(rows, following.capacity - following.held)
+                if rows <= 0:
+                    continue
+                rank = self._rank(model, index, rows, requests, now_s)
+                if found is None or rank < least:
+                    found, least = (model, index, rows), rank
+        return found
+
+    def _rank(
+        self,
+        model: ModelState,
+        index: int,
+        rows: int,
+        requests: Mapping[int, Request],
+        now_s: float,
+    ) -> tuple[float, ...]:
+        stage = model.stages[index]
+        since_s, deadline_s = NEVER, NEVER
+        if stage.waiting:
+            first = requests[stage.waiting[0].request]
+            since_s, deadline_s = first.facts.at_s, first.deadline_s
+        elif (oldest := model.outside.oldest()) is not None:
+            since_s, deadline_s = oldest.since_s, oldest.deadline_s
+        if now_s - since_s >= self._patience_s:
+            return (0.0, since_s)
+        if deadline_s < NEVER:
+            slack_s = deadline_s - now_s - self.through_s(model, index)
+            if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
+                return (1.0, deadline_s)
+        full = stage.plan.rows
+        efficiency = (
+            rows * self.visit_s(model, stage, full) / (full * self.visit_s(model, stage, rows))
+        )
+        return (2.0, -round(efficiency, 6), -index, since_s)

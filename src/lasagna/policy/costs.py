@@ -1,0 +1,124 @@
+"""What a step costs: predicted from a package's profile, corrected by what was measured.
+
+A profile was measured on the sealing machine, on one thread that had it to itself. Here other
+threads compete for memory and cache, and the processor is another one. So every prediction is the
+profile's figure times a factor, which follows what is measured; and how far predictions were off is
+kept, to be exported and tested.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+BATCHES: Final = (1, 2, 4, 8)
+"""Batch sizes of a profile's curves, as in ``package.format.PROFILE_BATCHES``."""
+_WEIGHT: Final = 0.2
+"""Of the newest measurement in a factor: halves an error in three steps."""
+_ERRORS_KEPT: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SliceCosts:
+    """What one slice takes. Curves have a value for each of ``BATCHES``.
+
+    Attributes:
+        weight_bytes: to load.
+        compute_s: seconds on one thread.
+        workspace_bytes: that the kernels allocate meanwhile.
+    """
+
+    weight_bytes: int
+    compute_s: tuple[float, ...]
+    workspace_bytes: tuple[int, ...]
+
+    def compute_at(self, rows: int) -> float:
+        """Seconds for a batch: between measured sizes on a straight line, beyond by its slope."""
+        return max(0.0, _on_curve(self.compute_s, rows))
+
+    def workspace_at(self, rows: int) -> int:
+        """Bytes for a batch, never less than for the next smaller size that was measured."""
+        at = min(bisect_left(BATCHES, rows), len(BATCHES) - 1)
+        if rows <= BATCHES[-1]:
+            return self.workspace_bytes[at]
+        return max(self.workspace_bytes[-1], int(_on_curve(self.workspace_bytes, rows) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """A model as a scheduler sees it: public facts only.
+
+    Attributes:
+        slices: in order.
+        cut_bytes: a row's tensors that cross each cut; the inputs at 0, the outputs at the end.
+        running_bytes: a row's tensors that exist while each slice runs.
+        max_rows: of one batch; 1 for a model that can't be batched.
+    """
+
+    slices: tuple[SliceCosts, ...]
+    cut_bytes: tuple[int, ...]
+    running_bytes: tuple[int, ...]
+    max_rows: int
+
+    def __post_init__(self) -> None:
+        assert self.slices
+        assert len(self.cut_bytes) == len(self.slices) + 1
+        assert len(self.running_bytes) == len(self.slices)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all slices."""
+        return sum(one.weight_bytes for one in self.slices)
+
+    def compute_at(self, first: int, last: int, rows: int) -> float:
+        """Seconds for slices ``first`` to ``last``, exclusive, on one batch."""
+        return sum(one.compute_at(rows) for one in self.slices[first:last])
+
+    def bytes_at(self, first: int, last: int, rows: int) -> int:
+        """Activations and workspace of a batch while it goes through these slices."""
+        numbers = range(first, last)
+        activations = max(self.running_bytes[n] for n in numbers) * rows
+        return activations + max(self.slices[n].workspace_at(rows) for n in numbers)
+
+
+def _on_curve(values: tuple[float, ...] | tuple[int, ...], rows: int) -> float:
+    at = min(max(bisect_left(BATCHES, rows), 1), len(BATCHES) - 1)
+    left, right = BATCHES[at - 1], BATCHES[at]
+    slope = (values[at] - values[at - 1]) / (right - left)
+    return values[at - 1] + slope * (rows - left)
+
+
+class Correction:
+    """A factor that follows measurements, and how far predictions with it were off."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        """Begin with a factor; the first measurement replaces it."""
+        self._factor = factor
+        self._measured = False
+        self._errors: deque[float] = deque(maxlen=_ERRORS_KEPT)
+
+    @property
+    def factor(self) -> float:
+        """Measured seconds over the profile's, of late."""
+        return self._factor
+
+    @property
+    def median_error(self) -> float:
+        """Half of the last predictions were off by less than this share; 0 before there are any."""
+        return median(self._errors) if self._errors else 0.0
+
+    def note(self, profile_s: float, measured_s: float) -> None:
+        """A step took so long, for which the profile has so much.
+
+        What is too short to be measured, or not in the profile, changes nothing.
+        """
+        if profile_s <= 0.0 or measured_s <= 0.0:
+            return
+        if self._measured:
+            self._errors.append(abs(self._factor * profile_s - measured_s) / measured_s)
+        ratio = measured_s / profile_s
+        self._factor += (_WEIGHT if self._measured else 1.0) * (ratio - self._factor)
+        self._measured = True

@@ -1,0 +1,389 @@
+"""The local task scheduler: what runs next in one enclave. Pure: events in, commands out.
+
+The theory. A model is a chain of *stages* (``policy.memory``): runs of slices with a largest batch
+each. A request's rows go from stage to stage; between two of them they wait at a *cut*, in enclave
+memory. A *visit* takes rows that wait at one cut through their stage, in one entry. What a visit
+costs grows slowly with its rows where loading weights is most of it, so it pays to gather; but
+gathering takes memory and time.
+
+So whenever a place is free, the visit is chosen
+
+1. that is *urgent*: the one whose first request's deadline is nearest, or that has waited longest,
+   if waiting for one more visit might be too much;
+2. else the most *efficient*: the share of its time that its rows would need in full batches;
+   where two are alike the later stage, which frees memory, then the one that has waited longer.
+
+Nothing waits for a batch to fill while the enclave is idle: an inefficient visit is better than
+none. A stage may bring no more rows to a cut than the plan has memory for. Requests wait for the
+first stage outside the enclave; which of them are taken is decided by priority and then by
+start-time fair queueing over tenants (``policy.fair``), so at saturation each tenant gets its
+share. Who has waited for longer than the patience goes before all priorities: nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Final, assert_never
+
+from lasagna.policy.choice import Choice
+from lasagna.policy.events import (
+    Answer,
+    Arrived,
+    Cancelled,
+    Command,
+    EnclaveLost,
+    EnclaveReady,
+    Event,
+    Forget,
+    GiveUp,
+    ModelAdded,
+    ModelRemoved,
+    Moved,
+    Pin,
+    Ran,
+    Refuse,
+    Rows,
+    Run,
+    RunFailed,
+)
+from lasagna.policy.fair import FairQueue, Shares, Waiting
+from lasagna.policy.memory import Machine, MemoryPlan, divide, waiting_rows
+from lasagna.policy.state import ModelState, Request, Settings, StageState
+
+DEATHS: Final = 2
+"""So many enclaves may die with a request in a run before it is given up."""
+
+
+class Scheduler:
+    """One enclave's scheduler. ``handle`` is the only thing that changes it."""
+
+    def __init__(self, machine: Machine, settings: Settings) -> None:
+        """No enclave runs, and no model is known.
+
+        Args:
+            machine: memory, threads and rates.
+            settings: what the operator chose.
+        """
+        self._machine = machine
+        self._settings = settings
+        self._shares = Shares(settings.weights)
+        self._models: dict[str, ModelState] = {}
+        self._requests: dict[int, Request] = {}
+        self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
+        self._runs = 0
+        self._ready = False
+        self._changed = False  # models were added or removed since the plan was made
+        self._pins: deque[Pin] = deque()
+        self._choice = Choice(machine.entry_s, settings.patience_s)
+        self.plan: MemoryPlan | None = None
+
+    @property
+    def prediction_error(self) -> float:
+        """Half of the stages' predictions were off by less than this share of late."""
+        errors = [s.correction.median_error for m in self._models.values() for s in m.stages]
+        return median(errors) if errors else 0.0
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows outside the enclave."""
+        return sum(model.outside.rows for model in self._models.values())
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take note of a fact.
+
+        Returns:
+            What has to be done now, in this order.
+
+        Raises:
+            BudgetError: an added model doesn't fit; nothing has changed.
+        """
+        commands: list[Command] = []
+        match event:
+            case Arrived():
+                self._arrived(event, commands)
+            case Ran():
+                self._ran(event, commands)
+            case Cancelled():
+                self._leave(event.request, commands)
+            case RunFailed():
+                self._failed(event, commands)
+            case ModelAdded():
+                self._added(event)
+            case ModelRemoved():
+                self._removed(event, commands)
+            case Moved():
+                self._move(commands)
+            case EnclaveLost():
+                self._lost(commands)
+            case EnclaveReady():
+                self._ready = True
+                self._queue_pins()
+                self._move(commands)
+            case _:
+                assert_never(event)
+        self._dispatch(event.at_s, commands)
+        return commands
+
+    # Requests.
+
+    def _arrived(self, event: Arrived, out: list[Command]) -> None:
+        model = self._models.get(event.model)
+        assert event.request not in self._requests
+        assert event.rows >= 1
+        if model is None:
+            out.append(GiveUp(event.request, f"no model {event.model!r} is served here"))
+            return
+        wait_s = self._backlog_s()
+        if self.waiting_rows + event.rows > self._settings.queue_rows:
+            reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
+            out.append(Refuse(event.request, wait_s, reason))
+            return
+        request = Request(event, event.rows)
+        if event.at_s + wait_s + self._choice.through_s(model, 0) > request.deadline_s:
+            reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
+            out.append(Refuse(event.request, wait_s, reason))
+            return
+        self._requests[event.request] = request
+        model.outside.push(
+            Waiting(
+                event.request,
+                event.tenant,
+                event.priority,
+                event.at_s,
+                request.deadline_s,
+                0,
+                event.rows,
+            )
+        )
+
+    def _leave(self, request: int, out: list[Command]) -> None:
+        """The request is no longer waited for, whatever has become of it."""
+        gone = self._requests.pop(request, None)
+        if gone is None:
+            return
+        model = self._models[gone.facts.model]
+        model.outside.remove(request)
+        for stage in model.stages:
+            kept = deque(part for part in stage.waiting if part.request != request)
+            rows = sum(part.count for part in kept)
+            stage.held -= stage.waiting_rows - rows
+            stage.waiting, stage.waiting_rows = kept, rows
+        if gone.inside:
+            out.append(Forget(request))
+
+    def _give_up(self, request: int, reason: str, out: list[Command]) -> None:
+        self._leave(request, out)
+        out.append(GiveUp(request, reason))
+
+    # Runs.
+
+    def _ran(self, event: Ran, out: list[Command]) -> None:
+        run, model, index, _ = self._running.pop(event.run)
+        stage = model.stages[index]
+        rows = sum(part.count for part in run.batch)
+        stage.correction.note(self._choice.profile_s(model, stage, rows), event.compute_s)
+        self._choice.loading.note(event.load_bytes / self._machine.load_rate, event.load_s)
+        stage.held -= rows
+        following = model.stages[index + 1] if index + 1 < len(model.stages) else None
+        for part in run.batch:
+            request = self._requests.get(part.request)
+            if following is not None and request is not None:
+                following.waiting.append(part)
+                following.waiting_rows += part.count
+            elif following is not None:
+                following.held -= part.count
+            elif request is not None:
+                request.inside -= part.count
+                request.left -= part.count
+                if not request.left:
+                    del self._requests[part.request]
+                    out.append(Answer(part.request))
+
+    def _failed(self, event: RunFailed, out: list[Command]) -> None:
+        run, model, index, _ = self._running.pop(event.run)
+        stage = model.stages[index]
+        if index + 1 < len(model.stages):
+            model.stages[index + 1].held -= sum(part.count for part in run.batch)
+        alone = len({part.request for part in run.batch}) == 1
+        for part in reversed(run.batch):
+            request = self._requests.get(part.request)
+            if request is None:
+                stage.held -= part.count
+                continue
+            request.alone = True
+            stage.waiting.appendleft(part)
+            stage.waiting_rows += part.count
+        if alone and run.batch[0].request in self._requests:
+            self._give_up(run.batch[0].request, "the enclave can't run it", out)
+
+    def _lost(self, out: list[Command]) -> None:
+        """Rows in the enclave begin anew, in the order of their requests, and alone if suspect."""
+        suspects = {part.request for run, *_ in self._running.values() for part in run.batch}
+        self._running.clear()
+        self._ready = False
+        self._pins.clear()
+        for model in self._models.values():
+            for stage in model.stages:
+                stage.waiting.clear()
+                stage.waiting_rows = stage.held = 0
+        for number in sorted(self._requests):
+            request = self._requests[number]
+            request.deaths += number in suspects
+            request.alone |= number in suspects
+            if request.deaths >= DEATHS:
+                request.inside = 0
+                self._give_up(number, f"the enclave died {DEATHS} times with it", out)
+            else:
+                self._begin_anew(request)
+
+    def _begin_anew(self, request: Request) -> None:
+        model = self._models[request.facts.model]
+        if model.outside.left(request.facts.request) == request.facts.rows:
+            return  # nothing of it was in the enclave
+        model.outside.remove(request.facts.request)
+        request.inside = 0
+        request.left = request.facts.rows
+        first = model.stages[0]
+        first.waiting.append(Rows(request.facts.request, 0, request.left))
+        first.waiting_rows += request.left
+        first.held += request.left
+
+    # Models and memory.
+
+    def _added(self, event: ModelAdded) -> None:
+        assert event.model not in self._models
+        models = {name: model.costs for name, model in self._models.items()}
+        divide(models | {event.model: event.costs}, {}, self._machine)  # or it is refused here
+        self._models[event.model] = ModelState(event.model, event.costs, FairQueue(self._shares))
+        self._changed = True
+
+    def _removed(self, event: ModelRemoved, out: list[Command]) -> None:
+        for number in [n for n, r in self._requests.items() if r.facts.model == event.model]:
+            self._give_up(number, f"model {event.model!r} is no longer served", out)
+        del self._models[event.model]
+        self._changed = True
+
+    def _replan(self) -> None:
+        """Divide the memory anew. Nothing is in the enclave."""
+        self._changed = False
+        if not self._models:
+            self.plan = None
+            return
+        costs = {name: model.costs for name, model in self._models.items()}
+        self.plan = plan = divide(costs, {}, self._machine)
+        for name, model in self._models.items():
+            pinned, before = plan.pinned[name], None
+            stages = []
+            for one in plan.stages[name]:
+                streamed = sum(
+                    model.costs.slices[n].weight_bytes
+                    for n in range(one.first, one.last)
+                    if n not in pinned
+                )
+                room = waiting_rows(before, one) if before else 0
+                stages.append(StageState(one, streamed / self._machine.load_rate, room))
+                before = one
+            model.stages = stages
+        self._choice.planned(self._models.values())
+
+    def _queue_pins(self) -> None:
+        self._pins.clear()
+        if self.plan is not None:
+            self._pins += [
+                Pin(name, number)
+                for name, numbers in self.plan.pinned.items()
+                for number in sorted(numbers)
+            ]
+
+    def _move(self, out: list[Command]) -> None:
+        """One slice at a time, so that service goes on meanwhile."""
+        if self._ready and self._pins:
+            out.append(self._pins.popleft())
+
+    # What runs next.
+
+    def _dispatch(self, now_s: float, out: list[Command]) -> None:
+        """Fill the enclave's places: its lanes, and one more, so that weights are loaded ahead."""
+        if self._changed and not self._inside():
+            self._replan()
+            self._queue_pins()
+            self._move(out)
+        while self._ready and len(self._running) <= self._machine.lanes:
+            if any(self._exclusive(run) for run, *_ in self._running.values()):
+                return
+            visit = self._choice.best(
+                self._models.values(), self._requests, now_s, admit=not self._changed
+            )
+            if visit is None:
+                return
+            model, index, rows = visit
+            head = self._head(model, index, now_s)
+            if self._requests[head].deaths and self._running:
+                return
+            out.append(self._start(model, index, rows, now_s))
+
+    def _inside(self) -> bool:
+        """Whether the enclave has rows."""
+        held = any(stage.held for model in self._models.values() for stage in model.stages)
+        return held or bool(self._running)
+
+    def _exclusive(self, run: Run) -> bool:
+        """Whether nothing may run beside it: an enclave died with it before."""
+        request = self._requests.get(run.batch[0].request)
+        return request is not None and request.deaths > 0
+
+    def _head(self, model: ModelState, index: int, now_s: float) -> int:
+        stage = model.stages[index]
+        if stage.waiting:
+            return stage.waiting[0].request
+        head = model.outside.head(now_s, self._settings.patience_s)
+        assert head is not None
+        return head.request
+
+    def _start(self, model: ModelState, index: int, rows: int, now_s: float) -> Run:
+        """Take rows from the cut, and from outside if that is the first one, into a run."""
+        stage = model.stages[index]
+        batch: list[Rows] = []
+        left, alone = rows, False
+        while left and not alone:
+            if not stage.waiting and (index or not model.outside.rows):
+                break
+            alone = self._requests[self._head(model, index, now_s)].alone
+            if alone and batch:
+                break
+            batch.append(self._take(model, index, left, now_s))
+            left -= batch[-1].count
+        if index + 1 < len(model.stages):
+            model.stages[index + 1].held += rows - left
+        self._runs += 1
+        run = Run(self._runs, model.name, stage.plan.first, stage.plan.last, tuple(batch))
+        self._running[run.run] = (run, model, index, now_s)
+        return run
+
+    def _take(self, model: ModelState, index: int, limit: int, now_s: float) -> Rows:
+        stage = model.stages[index]
+        if stage.waiting:
+            part = stage.waiting.popleft()
+            stage.waiting_rows -= min(part.count, limit)
+            if part.count > limit:
+                rest = Rows(part.request, part.first + limit, part.count - limit)
+                stage.waiting.appendleft(rest)
+                part = Rows(part.request, part.first, limit)
+            self._requests[part.request].inside += part.count if not index else 0
+            return part
+        head = model.outside.head(now_s, self._settings.patience_s)
+        assert head is not None
+        count = min(head.rows, limit)
+        part = Rows(head.request, head.first, count)
+        work_s = count * self._choice.row_s(model)
+        model.outside.take(head, count, work_s)
+        stage.held += count
+        self._requests[part.request].inside += count
+        return part
+
+    def _backlog_s(self) -> float:
+        """Work of the rows that wait outside, in seconds of the whole server."""
+        return sum(
+            model.outside.rows * self._choice.row_s(model) for model in self._models.values()
+        )

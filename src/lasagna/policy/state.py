@@ -1,0 +1,90 @@
+"""What a scheduler remembers: requests, models, and the rows at every cut."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from lasagna.policy.costs import Correction, ModelCosts
+from lasagna.policy.events import Arrived, Rows
+from lasagna.policy.fair import FairQueue
+from lasagna.policy.memory import Stage
+
+NEVER: Final = float("inf")
+"""A time that does not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an operator chooses.
+
+    Attributes:
+        queue_rows: that may wait outside the enclave; more are refused.
+        patience_s: who has waited so long outside goes before all priorities and shares.
+        weights: of tenants; those that are not named have 1.
+    """
+
+    queue_rows: int = 256
+    patience_s: float = 10.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request that somebody waits for.
+
+    Attributes:
+        facts: how it came in.
+        left: rows that have not reached the model's end.
+        inside: rows that are in the enclave.
+        deaths: enclaves that died while it was in a run.
+        alone: it runs in batches of its own, since one that it was in came to nothing.
+    """
+
+    facts: Arrived
+    left: int
+    inside: int = 0
+    deaths: int = 0
+    alone: bool = False
+
+    @property
+    def deadline_s(self) -> float:
+        """When its answer is worth nothing any more."""
+        return NEVER if self.facts.deadline_s is None else self.facts.deadline_s
+
+
+@dataclass(slots=True, eq=False)
+class StageState:
+    """A stage, and the rows that wait at the cut before it.
+
+    Attributes:
+        plan: its slices and largest batch.
+        load_s: profile's seconds of decrypting what is not pinned of it.
+        capacity: rows that there is memory for at the cut before it.
+        held: rows that take memory there: on their way to it, waiting at it, or in a run from it.
+        waiting: rows at the cut, first come first.
+        waiting_rows: how many they are.
+        profile_s: seconds of computing by rows.
+        correction: of those.
+    """
+
+    plan: Stage
+    load_s: float
+    capacity: int
+    held: int = 0
+    waiting: deque[Rows] = field(default_factory=deque)
+    waiting_rows: int = 0
+    profile_s: dict[int, float] = field(default_factory=dict)
+    correction: Correction = field(default_factory=Correction)
+
+
+@dataclass(slots=True, eq=False)
+class ModelState:
+    """A model that is served, and its requests outside the enclave."""
+
+    name: str
+    costs: ModelCosts
+    outside: FairQueue
+    stages: list[StageState] = field(default_factory=list)

@@ -1,0 +1,191 @@
+"""An enclave made of numbers: it takes a scheduler's runs and tells when they end.
+
+It checks what a real one relies on: rows come in at slice 0 and go on where they stand, once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from lasagna.policy.costs import ModelCosts, SliceCosts
+from lasagna.policy.events import (
+    Answer,
+    Arrived,
+    Cancelled,
+    Command,
+    EnclaveLost,
+    EnclaveReady,
+    Event,
+    Forget,
+    GiveUp,
+    ModelAdded,
+    Moved,
+    Pin,
+    Ran,
+    Refuse,
+    Run,
+    RunFailed,
+)
+from lasagna.policy.memory import Machine
+from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.state import Settings
+
+MB = 1_000_000
+MACHINE = Machine(budget=60 * MB, lanes=1, cores=2, load_rate=3.4e9, entry_s=0.0002)
+
+
+def linear(
+    weights: list[int], row_bytes: list[int], row_s: list[float], max_rows: int = 32
+) -> ModelCosts:
+    """A chain whose slices take so much a row, and nothing else."""
+    slices = tuple(
+        SliceCosts(weight, tuple(s * b for b in (1, 2, 4, 8)), (1000, 2000, 4000, 8000))
+        for weight, s in zip(weights, row_s, strict=True)
+    )
+    cuts = [*row_bytes, 4000]
+    running = tuple(a + b for a, b in pairwise(cuts))
+    return ModelCosts(slices, tuple(cuts), running, max_rows)
+
+
+@dataclass
+class Enclave:
+    """Runs at most so many at once, each for as long as the model says, times ``factor``."""
+
+    scheduler: Scheduler
+    models: dict[str, ModelCosts]
+    machine: Machine
+    factor: float = 1.0
+    now_s: float = 0.0
+    runs: list[tuple[float, Run]] = field(default_factory=list)
+    answered: dict[int, float] = field(default_factory=dict)
+    refused: dict[int, Refuse] = field(default_factory=dict)
+    given_up: dict[int, str] = field(default_factory=dict)
+    pinned: set[tuple[str, int]] = field(default_factory=set)
+    fails: set[int] = field(default_factory=set)
+    _queue: list[Run] = field(default_factory=list)
+    _ends: list[tuple[float, int, Run]] = field(default_factory=list)
+    _at: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to the scheduler, and carry out its commands."""
+        self.now_s = max(self.now_s, event.at_s)
+        self.carry_out(self.scheduler.handle(event))
+
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case Run():
+                    self._check(command)
+                    self.runs.append((self.now_s, command))
+                    self._queue.append(command)
+                case Answer(request):
+                    assert request not in self.answered
+                    self.answered[request] = self.now_s
+                case Refuse(request):
+                    self.refused[request] = command
+                case GiveUp(request, reason):
+                    assert request not in self.given_up
+                    self.given_up[request] = reason
+                case Pin(model, number):
+                    self.pinned.add((model, number))
+                    self.tell(Moved(self.now_s))
+                case Forget(request):
+                    running = {
+                        (part.request, row)
+                        for run in (*self._queue, *(r for *_, r in self._ends))
+                        for part in run.batch
+                        for row in range(part.first, part.first + part.count)
+                    }
+                    for key in [k for k in self._at if k[0] == request and k not in running]:
+                        del self._at[key]
+                case _:
+                    raise AssertionError(command)
+        self._begin()
+
+    def _check(self, run: Run) -> None:
+        plan = self.scheduler.plan
+        assert plan is not None
+        (stage,) = [s for s in plan.stages[run.model] if s.first == run.first]
+        assert stage.last == run.last
+        assert 1 <= sum(part.count for part in run.batch) <= stage.rows
+        for part in run.batch:
+            for row in range(part.first, part.first + part.count):
+                assert self._at.get((part.request, row), 0) == run.first
+                self._at[part.request, row] = -1  # in a run
+
+    def _begin(self) -> None:
+        while self._queue and len(self._ends) < self.machine.lanes:
+            run = self._queue.pop(0)
+            costs = self.models[run.model]
+            rows = sum(part.count for part in run.batch)
+            compute_s = self.factor * costs.compute_at(run.first, run.last, rows)
+            load = sum(
+                costs.slices[n].weight_bytes
+                for n in range(run.first, run.last)
+                if (run.model, n) not in self.pinned
+            )
+            takes = max(compute_s, load / self.machine.load_rate) + self.machine.entry_s
+            heapq.heappush(self._ends, (self.now_s + takes, run.run, run))
+
+    @property
+    def next_end_s(self) -> float:
+        """When the next run ends."""
+        return self._ends[0][0] if self._ends else float("inf")
+
+    def end_one(self) -> None:
+        """The next run ends."""
+        self.now_s, _, run = heapq.heappop(self._ends)
+        failed = any(part.request in self.fails for part in run.batch)
+        last = run.last == len(self.models[run.model].slices)
+        for part in run.batch:
+            for row in range(part.first, part.first + part.count):
+                self._at[part.request, row] = run.first if failed else run.last
+                if last and not failed:
+                    del self._at[part.request, row]
+        rows = sum(part.count for part in run.batch)
+        compute_s = self.factor * self.models[run.model].compute_at(run.first, run.last, rows)
+        self.tell(RunFailed(self.now_s, run.run) if failed else Ran(self.now_s, run.run, compute_s))
+
+    def until(self, time_s: float) -> None:
+        """Let runs end up to a time."""
+        while self.next_end_s <= time_s:
+            self.end_one()
+        self.now_s = max(self.now_s, time_s)
+
+    def drain(self) -> None:
+        """Let all runs end."""
+        while self._ends:
+            self.end_one()
+
+    def die(self) -> None:
+        """The enclave is lost, and another one comes."""
+        self._queue.clear()
+        self._ends.clear()
+        self._at.clear()
+        self.pinned.clear()
+        self.tell(EnclaveLost(self.now_s))
+        self.tell(EnclaveReady(self.now_s))
+
+    def arrive(self, request: int, model: str, **facts: object) -> None:
+        self.tell(Arrived(self.now_s, request, model, **facts))  # type: ignore[arg-type]
+
+    def cancel(self, request: int) -> None:
+        self.tell(Cancelled(self.now_s, request))
+
+
+def enclave(
+    models: dict[str, ModelCosts],
+    machine: Machine = MACHINE,
+    settings: Settings | None = None,
+    factor: float = 1.0,
+) -> Enclave:
+    """A scheduler with these models and an enclave that is ready."""
+    scheduler = Scheduler(machine, settings or Settings())
+    made = Enclave(scheduler, models, machine, factor)
+    for name, costs in models.items():
+        made.tell(ModelAdded(0.0, name, costs))
+    made.tell(EnclaveReady(0.0))
+    return made

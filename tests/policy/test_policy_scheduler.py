@@ -1,0 +1,253 @@
+"""Promise: every request ends once, in memory that is there; batches are small early, large late;
+tenants get their shares, nobody starves, deadlines are met or refused at once."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.policy.machine import MACHINE, MB, enclave, linear
+
+from lasagna.errors import BudgetError
+from lasagna.policy.costs import ModelCosts
+from lasagna.policy.events import ModelAdded, ModelRemoved
+from lasagna.policy.memory import Machine
+from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.state import Settings
+
+# As AlexNet: much memory a row and small weights at first, then 240 MB of weights, 70 ms to load,
+# for rows of 20 kB.
+TAPERED = linear(
+    weights=[MB, MB, *[15 * MB] * 16],
+    row_bytes=[600_000, 6 * MB, *[20_000] * 16],
+    row_s=[0.005, 0.005, *[0.0002] * 16],
+)
+SMALL = linear([MB, MB], [10_000, 10_000], [0.001, 0.002])
+
+
+def test_batches_are_small_early_and_large_late() -> None:
+    rig = enclave({"vgg": TAPERED}, MACHINE)
+    for number in range(1, 65):
+        rig.arrive(number, "vgg")
+    rig.drain()
+    assert sorted(rig.answered) == list(range(1, 65))
+    rows: dict[int, list[int]] = {}
+    for _, run in rig.runs:
+        rows.setdefault(run.first, []).append(sum(part.count for part in run.batch))
+    early, late = rows[0], rows[max(rows)]
+    assert max(early) <= 4
+    assert median(late) >= 8
+    # One batch size for all of it would load 240 MB for each small batch.
+    assert len(late) <= len(early) / 3
+    one_size_s = len(early) * 240 * MB / MACHINE.load_rate
+    assert rig.now_s < 0.8 * one_size_s
+
+
+def test_a_lone_request_waits_for_nobody() -> None:
+    rig = enclave({"vgg": TAPERED})
+    rig.arrive(1, "vgg")
+    rig.drain()
+    alone = TAPERED.compute_at(0, 2, 1) + 240 * MB / MACHINE.load_rate
+    assert rig.answered[1] <= alone + 5 * MACHINE.entry_s
+
+
+def saturate(rig, seconds: float, each, start: int = 1) -> int:  # type: ignore[no-untyped-def]
+    """Keep requests waiting for so long."""
+    number = start
+    while rig.now_s < seconds:
+        while rig.scheduler.waiting_rows < 100:
+            each(number)
+            number += 1
+        rig.end_one()
+    return number
+
+
+def test_tenants_get_their_shares_at_saturation() -> None:
+    weights = {"gold": 2.0, "plain": 1.0}
+    rig = enclave({"a": SMALL, "b": SMALL}, settings=Settings(1000, weights=weights))
+    tenants: dict[int, str] = {}
+    served = dict.fromkeys(weights, 0)
+    sent = dict.fromkeys(weights, 0)
+    while rig.now_s < 60.0:
+        for tenant in weights:
+            while sent[tenant] - served[tenant] < 200:  # more than two batches of each model
+                sent[tenant] += 1
+                number = len(tenants) + 1
+                tenants[number] = tenant
+                rig.arrive(number, ("a", "b")[sent[tenant] % 2], tenant=tenant)
+        before = len(rig.answered)
+        rig.end_one()
+        for number in list(rig.answered)[before:]:
+            served[tenants[number]] += 1
+    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_nobody_starves_behind_a_higher_priority() -> None:
+    patience_s = 2.0
+    rig = enclave({"a": SMALL}, settings=Settings(patience_s=patience_s))
+    rig.arrive(1, "a", priority=0)
+    rig.arrive(2, "a", priority=9)
+    late = []
+
+    def each(number: int) -> None:
+        rig.arrive(number, "a", priority=0 if number % 50 == 0 else 9)
+        if number % 50 == 0:
+            late.append((number, rig.now_s))
+
+    saturate(rig, 20.0, each, start=3)
+    longest = max(rig.answered[n] - since for n, since in late if n in rig.answered)
+    # The bound: patience, then the rows that became impatient before, and a visit that runs.
+    assert longest < patience_s + 0.5
+    assert all(n in rig.answered for n, since in late if since < 17.0)
+
+
+def test_what_would_be_late_is_refused_at_once_and_says_when_to_come_back() -> None:
+    rig = enclave({"a": SMALL})
+    for number in range(1, 101):
+        rig.arrive(number, "a")
+    rig.arrive(101, "a", deadline_s=rig.now_s + 0.02)
+    refused = rig.refused[101]
+    assert "after its deadline" in refused.reason
+    assert 0.05 < refused.retry_after_s < 0.5
+    rig.arrive(102, "a", deadline_s=rig.now_s + refused.retry_after_s + 0.1)
+    rig.drain()
+    assert 102 in rig.answered
+
+
+def test_too_many_are_refused() -> None:
+    rig = enclave({"a": SMALL}, settings=Settings(queue_rows=10))
+    for number in range(1, 101):
+        rig.arrive(number, "a", rows=2)
+    rig.drain()
+    assert rig.refused
+    assert "the limit is 10" in rig.refused[100].reason
+    assert len(rig.answered) + len(rig.refused) == 100
+
+
+def test_a_deadline_goes_before_efficiency() -> None:
+    slow = linear([MB], [1000], [0.05])
+    rig = enclave({"slow": slow, "a": SMALL}, settings=Settings(queue_rows=1000))
+    for number in range(1, 200):
+        rig.arrive(number, "slow")
+    rig.until(0.1)
+    rig.arrive(200, "a", deadline_s=rig.now_s + 5.0 + 30.0)
+    due = rig.now_s + 35.0
+    rig.drain()
+    assert rig.answered[200] <= due
+
+
+def test_predictions_correct_themselves() -> None:
+    rig = enclave({"vgg": TAPERED}, factor=1.7)
+    saturate(rig, 30.0, lambda number: rig.arrive(number, "vgg"))
+    assert rig.scheduler.prediction_error < 0.1
+
+
+def test_who_fails_a_batch_fails_alone() -> None:
+    rig = enclave({"vgg": TAPERED})
+    rig.fails = {5}
+    for number in range(1, 20):
+        rig.arrive(number, "vgg")
+    rig.drain()
+    assert set(rig.given_up) == {5}
+    assert sorted(rig.answered) == [n for n in range(1, 20) if n != 5]
+
+
+def test_what_an_enclave_died_with_runs_again_alone_and_dies_no_third_time() -> None:
+    rig = enclave({"vgg": TAPERED})
+    for number in range(1, 20):
+        rig.arrive(number, "vgg")
+    rig.die()  # with requests 1 and 2 in runs
+    before = len(rig.runs)
+    rig.die()  # with request 1 alone
+    (last,) = rig.runs[before - 1 : before]
+    assert [part.request for part in last[1].batch] == [1]
+    assert set(rig.given_up) == {1}
+    rig.drain()
+    assert sorted(rig.answered) == list(range(2, 20))
+
+
+def test_models_come_and_go_while_others_are_served() -> None:
+    rig = enclave({"vgg": TAPERED})
+    for number in range(1, 30):
+        rig.arrive(number, "vgg")
+    rig.models["small"] = SMALL
+    rig.tell(ModelAdded(rig.now_s, "small", SMALL))
+    for number in range(30, 60):
+        rig.arrive(number, "small")
+    rig.until(0.5)
+    rig.tell(ModelRemoved(rig.now_s, "vgg"))
+    rig.drain()
+    assert len(rig.answered) + len(rig.given_up) == 59
+    assert all(number in rig.answered for number in range(30, 60))
+    rig.arrive(60, "vgg")
+    assert "no model 'vgg'" in rig.given_up[60]
+
+
+def test_a_model_that_does_not_fit_changes_nothing() -> None:
+    scheduler = Scheduler(Machine(10 * MB, 1, 2, 3e9, 0.0), Settings())
+    with pytest.raises(BudgetError, match=r"'big' need .* largest slice; the budget is 10"):
+        scheduler.handle(ModelAdded(0.0, "big", linear([20 * MB], [1000], [0.1])))
+    scheduler.handle(ModelAdded(0.0, "big", SMALL))
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> ModelCosts:
+    count = draw(st.integers(1, 6))
+    return linear(
+        draw(st.lists(st.integers(0, 8 * MB), min_size=count, max_size=count)),
+        draw(st.lists(st.integers(1, 4 * MB), min_size=count, max_size=count)),
+        draw(st.lists(st.floats(0.0001, 0.05), min_size=count, max_size=count)),
+        draw(st.sampled_from((1, 2, 7, 32))),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from("abc"), chains(), min_size=1),
+    st.integers(1, 3),
+    st.lists(
+        st.tuples(
+            st.sampled_from(("arrive", "arrive", "arrive", "cancel", "end", "end", "die", "fail")),
+            st.integers(0, 30),
+        ),
+        max_size=80,
+    ),
+)
+def test_every_request_ends_exactly_once(
+    models: dict[str, ModelCosts], lanes: int, steps: list[tuple[str, int]]
+) -> None:
+    rig = enclave(models, Machine(60 * MB, lanes, 2, 3.4e9, 0.0002), Settings(queue_rows=20))
+    names = sorted(models)
+    number, cancelled = 0, set()
+    for what, choice in steps:
+        if what == "arrive":
+            number += 1
+            deadline_s = rig.now_s + choice / 50 if choice % 3 == 0 else None
+            rig.arrive(
+                number,
+                names[choice % len(names)],
+                rows=1 + choice % 4,
+                tenant=str(choice % 2),
+                priority=choice % 3,
+                deadline_s=deadline_s,
+            )
+        elif what == "cancel" and 0 < choice <= number:
+            ended = choice in rig.answered or choice in rig.refused or choice in rig.given_up
+            if not ended:
+                cancelled.add(choice)
+            rig.cancel(choice)
+        elif what == "end" and rig.next_end_s < float("inf"):
+            rig.end_one()
+        elif what == "die":
+            rig.die()
+        elif what == "fail" and choice:
+            rig.fails.add(choice)
+    rig.drain()
+    ends = [set(rig.answered), set(rig.refused), set(rig.given_up), cancelled]
+    assert sorted(n for end in ends for n in end) == list(range(1, number + 1))
+    assert rig.scheduler.waiting_rows == 0
+    plan = rig.scheduler.plan
+    assert plan is not None
+    assert plan.total_bytes <= 60 * MB
