@@ -50,6 +50,31 @@ def linear(
     return ModelCosts(slices, tuple(cuts), running, max_rows)
 
 
+def check(scheduler: Scheduler) -> None:
+    """What holds between any two events."""
+    running = list(scheduler._running.values())
+    for model in scheduler._models.values():
+        for index, stage in enumerate(model.stages):
+            assert stage.waiting_rows == sum(part.count for part in stage.waiting)
+            started = [
+                (at, sum(part.count for part in run.batch))
+                for run, of, at, _ in running
+                if of is model
+            ]
+            there = sum(rows for at, rows in started if at in (index, index - 1))
+            assert stage.held == stage.waiting_rows + there
+            assert not index or stage.held <= stage.capacity
+        for number, request in scheduler._requests.items():
+            if request.facts.model != model.name:
+                continue
+            waits = sum(p.count for s in model.stages for p in s.waiting if p.request == number)
+            runs = sum(p.count for run, *_ in running for p in run.batch if p.request == number)
+            assert model.outside.left(number) + waits + runs == request.left
+            assert request.left > 0
+    lanes = scheduler._machine.lanes
+    assert len(running) <= lanes + 1
+
+
 @dataclass
 class Enclave:
     """Runs at most so many at once, each for as long as the model says, times ``factor``."""
@@ -72,7 +97,9 @@ class Enclave:
     def tell(self, event: Event) -> None:
         """Hand an event to the scheduler, and carry out its commands."""
         self.now_s = max(self.now_s, event.at_s)
-        self.carry_out(self.scheduler.handle(event))
+        commands = self.scheduler.handle(event)
+        check(self.scheduler)
+        self.carry_out(commands)
 
     def carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:

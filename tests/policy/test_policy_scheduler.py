@@ -192,6 +192,17 @@ def test_a_model_that_does_not_fit_changes_nothing() -> None:
     scheduler.handle(ModelAdded(0.0, "big", SMALL))
 
 
+def test_a_request_has_a_story() -> None:
+    rig = enclave({"vgg": TAPERED})
+    rig.arrive(1, "vgg", rows=2, tenant="t")
+    rig.drain()
+    lines = rig.scheduler.stories.of(1)
+    assert "Arrived: 2 rows for vgg arrive from t" in lines[0]
+    assert "run 1 takes 2 rows, of 2, to slices 0-" in lines[1]
+    assert lines[-1].endswith("Ran: it is answered")
+    assert rig.scheduler.stories.of(2) == ()
+
+
 @st.composite
 def chains(draw: st.DrawFn) -> ModelCosts:
     count = draw(st.integers(1, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -83,3 +84,20 @@ def test_hot_pages_outside_the_region_lower_the_limit() -> None:
             deducted = (limit - file.read()["limit_pages"]) * PAGE
             assert 0 <= deducted - footprint.hot_bytes < PAGE
         process.kill()
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(why_not() is not None, reason=f"no emulator here: {why_not()}")
+def test_a_report_says_what_was_hot_outside() -> None:
+    program = "import time; end = time.monotonic() + 5\nwhile time.monotonic() < end: bytes(9999)"
+    command = ("run", "--profile", "none", "--json", "--", sys.executable, "-c", program)
+    done = subprocess.run(
+        [sys.executable, "-m", "lasagna.cli.main", "epc", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert 100_000 < report["hot_outside_and_deducted_bytes"] < 20 * MIB
+    assert report["limit_bytes"] == profile("none").costs().epc_bytes

@@ -22,6 +22,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "baseline": "lasagna.bench.baseline",
     "epc": "lasagna.bench.epc",
     "overhead": "lasagna.bench.overhead",
+    "policy": "lasagna.bench.policy",
 }
 
 

@@ -249,15 +249,16 @@ def _figure(rows: list[Row]) -> Figure:
         for number, (kind, colour) in enumerate(colours.items()):
             height = place + 0.2 * (number - 1.5)
             what = kind if kind == "native" else f"{kind} typical"
-            middle = 1000 * row.timings.spread(what).median_s
+            middle = furthest = 1000 * row.timings.spread(what).median_s
             axes.barh(height, middle, 0.19, color=colour)
             if kind != "native":
                 ends = [1000 * row.timings.spread(f"{kind} {end}").median_s for end in ENDS]
-                axes.plot([min(ends), max(ends)], [height, height], color="black", linewidth=1)
+                furthest = max(middle, *ends)
+                axes.plot([min(ends), furthest], [height, height], color="black", linewidth=1)
             note = f"{middle:,.0f} ms"
             if kind != "native":
                 note += f", {row.faults[what]:,.0f} faults"
-            axes.text(1.06 * middle, height, note, va="center", fontsize=6.5)
+            axes.text(1.06 * furthest, height, note, va="center", fontsize=6.5)
     labels = {
         "native": "plain ONNX Runtime, unprotected",
         "vanilla": "vanilla: the same in the emulated EPC, paged",

@@ -18,10 +18,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.errors import UsageError
+from lasagna.errors import LasagnaError, UsageError
 from lasagna.tee.epc import CANNOT_START, emulator_environment, stats_folder
 from lasagna.tee.epc_profiles import ENDS, End, profile, profiles
 from lasagna.tee.epc_stats import EpcStats, StatsFile, processes, stats_path
+from lasagna.tee.footprint import OBSERVE_S, Footprint
 from lasagna.units import PAGE, format_bytes, parse_bytes
 
 app = typer.Typer(
@@ -73,15 +74,42 @@ def run(
     # Ctrl-C reaches the program by itself: the terminal sends it to both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, pass_on)
-    status = child.wait()
-    seconds = time.perf_counter() - begin
     path = stats_path(folder, child.pid)
+    limit_pages = costs.limit_pages if pages is None else pages
+    footprint: Footprint | None = None
+    while (status := _wait(child)) is None:
+        footprint = _observe(footprint, path, limit_pages)
+    seconds = time.perf_counter() - begin
     if status != CANNOT_START and not path.exists():
         raise _Failed(f"{command[0]} ran without the emulator: see above", CANNOT_START)
     if status != CANNOT_START:
-        _report(StatsFile(path).read(), seconds, as_json=as_json)
+        hot = footprint.hot_bytes if footprint is not None else 0
+        facts = summary(StatsFile(path).read(), seconds, limit_pages, hot or None)
+        _report(facts, as_json=as_json)
     path.unlink(missing_ok=True)
     raise typer.Exit(status if status >= 0 else 128 - status)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """Its status; None if it has not ended for a while."""
+    try:
+        return child.wait(OBSERVE_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _observe(footprint: Footprint | None, path: Path, limit_pages: int) -> Footprint | None:
+    """Deduct from the limit what the program uses outside the emulated region."""
+    try:
+        if footprint is not None:
+            footprint.deduct()
+        elif (file := StatsFile(path)).started:
+            footprint = Footprint(file, limit_pages)
+        if footprint is not None:
+            footprint.begin()
+    except (OSError, LasagnaError):
+        pass  # it is about to begin, or to end
+    return footprint
 
 
 class _Failed(typer.Exit):
@@ -99,14 +127,25 @@ def _end(text: str) -> End:
     raise UsageError(f"--end is one of {', '.join(ENDS)}, not {text!r}")
 
 
-def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
-    """What a program did in the EPC, for people and for JSON."""
+def summary(
+    stats: EpcStats, seconds: float, limit_pages: int, hot: int | None
+) -> Mapping[str, object]:
+    """What a program did in the EPC, for people and for JSON.
+
+    Args:
+        stats: of its process, at its end.
+        seconds: that it ran.
+        limit_pages: that all of it might have resident.
+        hot: bytes that it used outside the emulated region; None if it ended too soon to be
+            measured.
+    """
     latency = stats["own_latency_ns"] + stats["own_load_ns"]
     return {
         "emulated": True,
         "seconds": seconds,
-        "limit_bytes": stats["limit_pages"] * PAGE,
+        "limit_bytes": limit_pages * PAGE,
         "peak_resident_bytes": stats["peak_resident_pages"] * PAGE,
+        "hot_outside_and_deducted_bytes": hot,
         "pages_added": stats["added"],
         "pages_loaded": stats["loaded"],
         "pages_brought_ahead": stats["ahead"],
@@ -127,8 +166,7 @@ def summary(stats: EpcStats, seconds: float) -> Mapping[str, object]:
     }
 
 
-def _report(stats: EpcStats, seconds: float, *, as_json: bool) -> None:
-    facts = summary(stats, seconds)
+def _report(facts: Mapping[str, object], *, as_json: bool) -> None:
     if as_json:
         typer.echo(msgspec.json.encode(facts).decode(), err=True)
         return
@@ -136,18 +174,25 @@ def _report(stats: EpcStats, seconds: float, *, as_json: bool) -> None:
     for name, value in facts.items():
         if name == "emulated":
             continue
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        shown = f"{value:,}" if isinstance(value, int) else f"{value or 0.0:.3f}"
+        if value is None:
+            shown = "not measured"
         if name.endswith("_bytes") and isinstance(value, int):
             shown = format_bytes(value)
         label = name.removesuffix("_bytes").replace("_s", " s") if name.endswith("_s") else name
         table.add_row(label.removesuffix("_bytes").replace("_", " "), shown)
     console = Console(stderr=True)
     console.print(table)
-    late, loads = stats["late_loads"], stats["loaded"] + stats["added"]
-    if loads and late * 10 > loads:
+    late, loads, added = (
+        facts[name] for name in ("loads_above_their_charge", "pages_loaded", "pages_added")
+    )
+    assert isinstance(late, int)
+    assert isinstance(loads, int)
+    assert isinstance(added, int)
+    if late * 10 > loads + added:
         console.print(
-            f"note: {late:,} of {loads:,} faults took longer here than the profile charges, so "
-            "paging is slower than it would be there",
+            f"note: {late:,} of {loads + added:,} pages took longer here than the profile charges; "
+            "later ones made that good, but for the time that was not made good",
             style="yellow",
         )
 

@@ -109,7 +109,9 @@ def divide(
     for step in range(DIVISIONS):
         # From the smallest that works to all of the memory, evenly in proportion.
         each = int(smallest * max(1.0, machine.budget / machine.lanes / smallest) ** (step / 11))
-        plan = _divide(models, weights, machine, each)
+        plan = _divide(models, weights, machine, each, staged=True)
+        if plan is None:  # what waits between stages takes too much
+            plan = _divide(models, weights, machine, each, staged=False)
         if plan is None:
             continue
         seconds = sum(weights[name] * plan.request_s[name] for name in models)
@@ -126,10 +128,18 @@ def divide(
 
 
 def _divide(
-    models: Mapping[str, ModelCosts], weights: Mapping[str, float], machine: Machine, each: int
+    models: Mapping[str, ModelCosts],
+    weights: Mapping[str, float],
+    machine: Machine,
+    each: int,
+    *,
+    staged: bool,
 ) -> MemoryPlan | None:
     """The plan with so many bytes for each running batch, if the rest fits beside it."""
-    stages = {name: _stages(costs, machine, each) for name, costs in models.items()}
+    stages = {
+        name: _stages(costs, machine, each) if staged else _one_stage(costs, each)
+        for name, costs in models.items()
+    }
     running = machine.lanes * max(
         models[name].bytes_at(one.first, one.last, one.rows)
         for name in models
@@ -202,22 +212,44 @@ def _stages(costs: ModelCosts, machine: Machine, each: int) -> tuple[Stage, ...]
     compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
     load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
     best = [0.0] + [float("inf")] * count
-    origin = [0] * (count + 1)
+    chosen = [(0, 1)] * (count + 1)
     for last in range(1, count + 1):
-        rows = limits[last - 1]
+        limit = limits[last - 1]
         for first in range(last - 1, -1, -1):
-            rows = min(rows, limits[first])
+            limit = min(limit, limits[first])
+            rows = (
+                limit if not first else _rows_gathered(costs, first, limits[first - 1], limit, each)
+            )
+            if not rows:
+                continue
             visit = _visit_s(
                 compute[rows][last] - compute[rows][first], load[last] - load[first], machine
             )
             total = best[first] + visit / rows
             if total < best[last] - 1e-12:
-                best[last], origin[last] = total, first
-    cuts = [count]
-    while cuts[-1]:
-        cuts.append(origin[cuts[-1]])
-    cuts.reverse()
-    return tuple(Stage(a, b, min(limits[a:b])) for a, b in pairwise(cuts))
+                best[last], chosen[last] = total, (first, rows)
+    stages: list[Stage] = []
+    last = count
+    while last:
+        first, rows = chosen[last]
+        stages.append(Stage(first, last, rows))
+        last = first
+    return tuple(reversed(stages))
+
+
+def _one_stage(costs: ModelCosts, each: int) -> tuple[Stage, ...]:
+    count = len(costs.slices)
+    return (Stage(0, count, min(_rows_within(costs, n, each) for n in range(count))),)
+
+
+def _rows_gathered(costs: ModelCosts, cut: int, before: int, limit: int, size: int) -> int:
+    """The largest batch up to a limit whose rows may wait at a cut in so many bytes; 0 if none."""
+    fitting = [
+        rows
+        for rows in ROWS
+        if rows <= limit and costs.cut_bytes[cut] * (2 * rows + before - 1) <= size
+    ]
+    return max(fitting, default=0)
 
 
 def _visit_s(compute_s: float, load_s: float, machine: Machine) -> float:

@@ -50,6 +50,7 @@ from lasagna.policy.events import (
 from lasagna.policy.fair import FairQueue, Shares, Waiting
 from lasagna.policy.memory import Machine, MemoryPlan, divide, waiting_rows
 from lasagna.policy.state import ModelState, Request, Settings, StageState
+from lasagna.policy.story import Stories
 
 DEATHS: Final = 2
 """So many enclaves may die with a request in a run before it is given up."""
@@ -77,6 +78,7 @@ class Scheduler:
         self._pins: deque[Pin] = deque()
         self._choice = Choice(machine.entry_s, settings.patience_s)
         self.plan: MemoryPlan | None = None
+        self.stories = Stories()
 
     @property
     def prediction_error(self) -> float:
@@ -123,6 +125,7 @@ class Scheduler:
             case _:
                 assert_never(event)
         self._dispatch(event.at_s, commands)
+        self.stories.record(event, commands)
         return commands
 
     # Requests.

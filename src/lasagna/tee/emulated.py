@@ -16,13 +16,11 @@ from lasagna.tee.backend import EnclaveBackend, EnclaveSpec
 from lasagna.tee.epc import emulator_environment, stats_folder, why_not
 from lasagna.tee.epc_profiles import Costs
 from lasagna.tee.epc_stats import StatsFile, stats_path
-from lasagna.tee.footprint import Footprint
+from lasagna.tee.footprint import OBSERVE_S, Footprint
 from lasagna.tee.process import ChildProcess, InsecureProcessBackend, enclave_arguments
 from lasagna.units import format_bytes
 
 _log: Final = logging.getLogger(__name__)
-OBSERVE_S: Final = 2.0
-"""How often the hot footprint is read."""
 
 
 class InsecureEmulatedBackend(InsecureProcessBackend):

@@ -20,6 +20,8 @@ from lasagna.tee.epc_stats import StatsFile
 from lasagna.units import KIB, PAGE, Bytes
 
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) \S+ \S+ \S+ *(.*)")
+OBSERVE_S: Final = 2.0
+"""How often the hot footprint of a program is read."""
 _EMULATOR: Final = "liblasagna_epc.so"
 _REFERENCED: Final = "Referenced:"
 
