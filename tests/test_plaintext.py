@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lasagna.bench.direct import InsecureDirectEnclave
 from lasagna.enclave import messages as m
+from lasagna.enclave.frames import encode_frame
 from lasagna.models.seal import SealOptions, seal
 from lasagna.models.source import prepare
 from lasagna.models.zoo.light import light_model
@@ -261,7 +262,7 @@ class _Recorded(InsecureDirectEnclave):
 
     def send(self, command: m.Command) -> None:
         self.traffic = getattr(self, "traffic", bytearray())
-        self.traffic += m.encode_frame(command)
+        self.traffic += encode_frame(command)
         super().send(command)
 
     def _read(self, size: int) -> bytearray:
@@ -279,8 +280,12 @@ def test_nothing_in_plaintext_on_the_enclaves_socket(scene: Scene) -> None:
         outputs = needles(answer.tobytes())
         assert holds(enclave.pid, [*scene.inputs, *outputs])  # until another request comes
         request = enclave.seal(scene.manifest.inputs, values)
-        half = m.Infer(enclave.next_id(), enclave.digest, (request.rows,), 0, 3)
-        enclave.call(half, m.Inferred)  # sealed activations cross as well
+        part = m.Part(9, 0, 1, request.rows)
+        half = m.Run(enclave.next_id(), enclave.digest, 0, 3, (part,))
+        enclave.call(m.TakeSpans(enclave.next_id(), True), m.Spans)
+        enclave.call(half, m.Ran)  # sealed activations cross as well
+        enclave.call(m.TakeSpans(enclave.next_id(), False), m.Spans)
+        enclave.stats()
         traffic = bytes(enclave.traffic)
     assert len(traffic) > 3 * scene.image.nbytes
     secrets = [*scene.weights, *scene.inputs, *outputs]

@@ -55,3 +55,8 @@ def format_bytes(count: int) -> str:
         return f"{sign}{int(value)} B"
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{sign}{value:.{digits}f} {units[0]}"
+
+
+def whole_pages(size: int) -> int:
+    """The size, rounded up to whole pages: what memory of its own takes."""
+    return -(-size // PAGE) * PAGE

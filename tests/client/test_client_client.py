@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
+from tests.client.wire import Wire, client_of
 from tests.gateway.twin import BROKER, MEASUREMENT, POLICY, TwinModel
 
 import lasagna
@@ -34,25 +34,6 @@ pytestmark = pytest.mark.anyio
 X = np.array([[1.0, np.nan, -np.inf]], np.float32)
 
 
-class Wire(httpx.BaseTransport):
-    """The way to a gateway in this process: it counts requests, and may change the answers."""
-
-    def __init__(self, *models: TwinModel) -> None:
-        self.asked: list[str] = []
-        self.change: Callable[[str, bytes], bytes] = lambda path, body: body
-        self._app = TestClient(gateway_app({one.name: one for one in models}))
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        path = request.url.raw_path.decode()
-        self.asked.append(f"{request.method} {path.partition('?')[0]}")
-        answer = self._app.request(
-            request.method, path, content=request.read(), headers=list(request.headers.raw)
-        )
-        body = self.change(path, answer.content)
-        headers = [(n, v) for n, v in answer.headers.raw if n.lower() != b"content-length"]
-        return httpx.Response(answer.status_code, headers=headers, stream=httpx.ByteStream(body))
-
-
 @pytest.fixture
 def model() -> TwinModel:
     return TwinModel()
@@ -67,16 +48,6 @@ def wire(model: TwinModel) -> Wire:
 def client(wire: Wire) -> Iterator[Client]:
     with client_of(wire) as made:
         yield made
-
-
-def client_of(wire: httpx.BaseTransport, **changes: Any) -> Client:
-    arguments: dict[str, Any] = {
-        "policy": POLICY,
-        "brokers": [BROKER],
-        "insecure_allow_emulated": True,
-        "transport": wire,
-    }
-    return Client("http://gateway", **(arguments | changes))
 
 
 INFER = "POST /v2/models/twin/infer"
@@ -342,6 +313,7 @@ def test_a_refused_request_is_not_repeated_if_nothing_has_changed(
         ("http://edge:port", {}, "is not a URL"),
         ("http://edge", {"brokers": []}, "name the key broker"),
         ("http://edge", {"brokers": [b"short"]}, "has 32 bytes, not 5"),
+        ("http://edge", {"timeout_s": 0}, "a timeout is more than 0 and at most 1,000,000 seconds"),
     ],
 )
 def test_mistakes_are_named(url: str, changes: dict[str, Any], message: str) -> None:

@@ -1,11 +1,12 @@
-"""Promise: one enclave process serves batches, threads and slice ranges correctly, keeps requests
-apart, keeps to its budget, and answers or dies, but never hangs, on bad input."""
+"""Promise: one enclave process serves batches and threads correctly, keeps requests apart, keeps to
+its budget, and answers or dies, but never hangs, on bad input."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,15 @@ import pytest
 
 from lasagna.bench.direct import ClientRequest, InsecureDirectEnclave
 from lasagna.enclave import messages as m
+from lasagna.enclave.frames import LENGTH
 from lasagna.errors import (
     BudgetError,
     EnclaveLostError,
     InvalidInputError,
-    ModelNotFoundError,
     PackageError,
     TrustError,
 )
-from lasagna.trust.keys import ContentKey, SecretKey, ServiceSecret
+from lasagna.trust.keys import ContentKey, SecretKey
 from lasagna.trust.model_keys import ModelKeys
 from lasagna.units import MIB
 
@@ -41,14 +42,10 @@ def enclave(squeezenet: Sealed) -> Iterator[InsecureDirectEnclave]:
 
 
 def infer(
-    enclave: InsecureDirectEnclave,
-    requests: Sequence[ClientRequest],
-    first: int = 0,
-    last: int = 0,
-) -> m.Inferred:
-    rows = tuple(request.rows for request in requests)
-    command = m.Infer(enclave.next_id(), enclave.digest, rows, first, last)
-    return enclave.call(command, m.Inferred)
+    enclave: InsecureDirectEnclave, requests: Sequence[ClientRequest]
+) -> tuple[m.PartResult, ...]:
+    """Run them as one batch."""
+    return enclave.call(enclave.run(*requests), m.Ran).results
 
 
 def test_rows_of_different_requests_run_in_one_batch_and_stay_apart(
@@ -57,7 +54,7 @@ def test_rows_of_different_requests_run_in_one_batch_and_stay_apart(
     inputs = [squeezenet.inputs(rows, seed) for seed, rows in enumerate((1, 2, 1))]
     requests = [enclave.seal(squeezenet.manifest.inputs, values) for values in inputs]
     before = enclave.stats()
-    results = infer(enclave, requests).results
+    results = infer(enclave, requests)
     after = enclave.stats()
     assert after.slice_runs - before.slice_runs == enclave.plan.slices, "one run for all"
     assert after.rows - before.rows == 4
@@ -73,10 +70,10 @@ def test_a_request_that_does_not_open_leaves_its_batch_alone(
     requests = [enclave.seal(squeezenet.manifest.inputs, values) for values in inputs]
     bad = bytearray(requests[1].rows.records[0][0])
     bad[-1] ^= 1
-    rows = [request.rows for request in requests]
-    rows[1] = m.SealedRows(rows[1].request_id, rows[1].capsule, 1, ((memoryview(bad),),))
-    command = m.Infer(enclave.next_id(), enclave.digest, tuple(rows))
-    results = enclave.call(command, m.Inferred).results
+    rows = requests[1].rows
+    changed = m.SealedRows(rows.request_id, rows.capsule, 1, ((memoryview(bad),),))
+    requests[1] = replace(requests[1], rows=changed)
+    results = infer(enclave, requests)
     assert results[1].kind == "TrustError"
     assert "does not open" in results[1].error
     for index in (0, 2):
@@ -89,7 +86,7 @@ def test_one_clients_answer_does_not_open_for_another(
     enclave: InsecureDirectEnclave, squeezenet: Sealed
 ) -> None:
     requests = [enclave.seal(squeezenet.manifest.inputs, squeezenet.inputs(1, s)) for s in (0, 1)]
-    results = infer(enclave, requests).results
+    results = infer(enclave, requests)
     with pytest.raises(TrustError):
         enclave.open(squeezenet.manifest.outputs, requests[0], results[1])
 
@@ -101,49 +98,9 @@ def test_nan_and_infinity_pass_through_as_in_onnx_runtime(
     image = next(iter(values.values()))
     image[0, 0, 10, 10], image[0, 1, 20, 20] = np.nan, np.inf
     request = enclave.seal(squeezenet.manifest.inputs, values)
-    (result,) = infer(enclave, [request]).results
+    (result,) = infer(enclave, [request])
     got = squeezenet.output(enclave.open(squeezenet.manifest.outputs, request, result))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(squeezenet.expected(values)))
-
-
-@pytest.mark.parametrize("cut", [1, 5, -1])
-def test_two_enclaves_share_a_request_through_sealed_activations(
-    squeezenet: Sealed, cut: int
-) -> None:
-    secret = ServiceSecret(SecretKey(os.urandom(32)))
-    values = squeezenet.inputs(2)
-    with (
-        InsecureDirectEnclave(
-            squeezenet.path,
-            squeezenet.keys,
-            40 * MIB,
-            max_batch=2,
-            pin=False,
-            service_secret=secret,
-        ) as one,
-        InsecureDirectEnclave(
-            squeezenet.path,
-            squeezenet.keys,
-            60 * MIB,
-            max_batch=2,
-            pin=False,
-            service_secret=secret,
-        ) as two,
-    ):
-        cut %= one.plan.slices
-        request = one.seal(squeezenet.manifest.inputs, values)
-        (half,) = infer(one, [request], 0, cut).results
-        assert not half.error
-        records = tuple(tuple(memoryview(record) for record in rows) for rows in half.records)
-        passed_on = m.SealedRows(request.rows.request_id, request.rows.capsule, 2, records)
-        command = m.Infer(two.next_id(), two.digest, (passed_on,), cut, 0)
-        (result,) = two.call(command, m.Inferred).results
-        got = squeezenet.output(two.open(squeezenet.manifest.outputs, request, result))
-        wrong_cut = m.Infer(two.next_id(), two.digest, (passed_on,), cut + 1, 0)
-        if cut + 1 < two.plan.slices:
-            (refused,) = two.call(wrong_cut, m.Inferred).results
-            assert refused.kind == "TrustError"
-    np.testing.assert_allclose(got, squeezenet.expected(values), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("threads", "intra"), [(2, 1), (1, 2)])
@@ -160,11 +117,11 @@ def test_two_threads_give_the_same_answers(squeezenet: Sealed, threads: int, int
         requests = {}
         for values in inputs:
             request = running.seal(squeezenet.manifest.inputs, values)
-            number = running.next_id()
-            requests[number] = (values, request)
-            running.send(m.Infer(number, running.digest, (request.rows,)))
+            command = running.run(request)
+            requests[command.id] = (values, request)
+            running.send(command)
         for _ in inputs:
-            reply = running.receive(m.Inferred)
+            reply = running.receive(m.Ran)
             values, request = requests.pop(reply.id)
             got = running.open(squeezenet.manifest.outputs, request, reply.results[0])
             expected = squeezenet.expected(values)
@@ -198,7 +155,10 @@ def test_the_process_grows_by_no_more_than_its_budget_and_its_sessions(squeezene
 
 
 def test_a_budget_that_is_too_small_is_refused_with_a_reason(squeezenet: Sealed) -> None:
-    with pytest.raises(BudgetError, match=r"'squeezenet' .* a budget of [\d.]+ MB .*slice \d+"):
+    with pytest.raises(
+        BudgetError,
+        match=r"of 3.00 MB is too small: one row takes [\d.]+ MB in slice \d+ of 'squeezenet'",
+    ):
         InsecureDirectEnclave(squeezenet.path, squeezenet.keys, 3_000_000)
 
 
@@ -215,27 +175,20 @@ def test_another_owners_package_is_refused(squeezenet: Sealed) -> None:
         InsecureDirectEnclave(squeezenet.path, keys, 40 * MIB)
 
 
-def test_requests_that_make_no_sense_are_refused_and_the_next_one_works(
+def test_more_rows_than_were_planned_for_are_refused_and_the_next_ones_work(
     enclave: InsecureDirectEnclave, squeezenet: Sealed
 ) -> None:
     request = enclave.seal(squeezenet.manifest.inputs, squeezenet.inputs(1))
     many = enclave.seal(squeezenet.manifest.inputs, squeezenet.inputs(5))
-    with pytest.raises(ModelNotFoundError):
-        enclave.call(m.Infer(enclave.next_id(), bytes(32), (request.rows,)), m.Inferred)
-    with pytest.raises(InvalidInputError, match="this plan allows 4"):
+    with pytest.raises(InvalidInputError, match="have room for 4"):
         infer(enclave, [many])
-    with pytest.raises(InvalidInputError, match="slices 3 to 2"):
-        infer(enclave, [request], 3, 2)
-    short = m.SealedRows(request.rows.request_id, request.rows.capsule, 2, request.rows.records)
-    command = m.Infer(enclave.next_id(), enclave.digest, (short,))
-    assert "1 records for 2 rows" in enclave.call(command, m.Inferred).results[0].error
-    (result,) = infer(enclave, [request]).results
+    (result,) = infer(enclave, [request])
     assert not result.error
 
 
 def test_a_malformed_frame_ends_the_enclave_without_a_hang(squeezenet: Sealed) -> None:
     running = InsecureDirectEnclave(squeezenet.path, squeezenet.keys, 40 * MIB)
-    running._socket.sendall(m.LENGTH.pack(3) + b"\xff\xff\xff")
+    running._socket.sendall(LENGTH.pack(3) + b"\xff\xff\xff")
     with pytest.raises(EnclaveLostError):
         running.receive(m.Stats)
     assert running._process.wait(10) == 1
@@ -245,11 +198,11 @@ def test_a_malformed_frame_ends_the_enclave_without_a_hang(squeezenet: Sealed) -
 def test_an_enclave_killed_in_a_request_is_noticed(squeezenet: Sealed) -> None:
     running = InsecureDirectEnclave(squeezenet.path, squeezenet.keys, 40 * MIB)
     request = running.seal(squeezenet.manifest.inputs, squeezenet.inputs(1))
-    running.send(m.Infer(running.next_id(), running.digest, (request.rows,)))
+    running.send(running.run(request))
     os.kill(running.pid, signal.SIGKILL)
     os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(EnclaveLostError):  # an answer may have been on its way
-        list(iter(lambda: running.receive(m.Inferred), None))
+        list(iter(lambda: running.receive(m.Ran), None))
     running.close()
 
 

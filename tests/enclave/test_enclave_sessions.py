@@ -10,7 +10,7 @@ import pytest
 
 from lasagna.enclave import sessions
 from lasagna.enclave.sessions import native_block, open_slice_session, set_workspace_arena
-from lasagna.errors import PackageError
+from lasagna.errors import BudgetError, PackageError
 
 
 def test_the_probe_in_the_enclave_is_the_graph_its_comment_describes() -> None:
@@ -66,3 +66,9 @@ def test_a_refused_graph_is_not_quoted() -> None:
     with pytest.raises(PackageError) as caught:
         open_slice_session(model.SerializeToString(), threads=1)
     assert "SecretLayer" not in str(caught.value)
+
+
+def test_a_workspace_beyond_counting_is_refused_and_the_one_before_stays() -> None:
+    set_workspace_arena(1_000_000)
+    with pytest.raises(BudgetError, match="no workspace of 9007199254740992 bytes"):
+        set_workspace_arena(2**53)

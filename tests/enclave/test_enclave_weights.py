@@ -1,123 +1,170 @@
-"""Promise: a compute thread finds exactly its slice's weights, however slots are reused, and a
-chunk that does not open stops the request that needs it and nothing else."""
+"""Promise: a compute thread finds exactly its slice's weights, however slots are reused and slices
+pinned meanwhile, and a chunk that does not open stops the run that needs it and nothing else."""
 
 from __future__ import annotations
 
 import shutil
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from lasagna.enclave.weights import WeightStore
-from lasagna.errors import PackageError
+from lasagna.enclave.pieces import pieces_of
+from lasagna.enclave.pool import Pool
+from lasagna.enclave.spans import Recorder
+from lasagna.enclave.weights import Weights
+from lasagna.errors import BudgetError, EnclaveError, InvalidInputError, PackageError
 from lasagna.package.format import HEADER, SIGNATURE_BYTES, encode
 from lasagna.package.reader import OpenPackage, Package
+from lasagna.units import MIB
 
 from .conftest import Sealed
+from .numbered import (
+    DEADLINE_S,
+    Numbered,
+    Told,
+    is_own,
+    join,
+    load_all,
+    loading,
+    memory,
+    numbered_weights,
+    waits,
+)
 
 
-def memory(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.zeros(size, dtype=np.uint8)
-
-
-@contextmanager
-def running(store: WeightStore, loader: bool) -> Iterator[None]:
-    thread = threading.Thread(target=store.load_ahead)
-    if loader:
-        thread.start()
-    try:
-        yield
-    finally:
-        store.close()
-        if loader:
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-def open_store(
-    path: Path, sealed: Sealed, slots: int, pinned: set[int], threads: int
-) -> WeightStore:
+def real_weights(path: Path, sealed: Sealed, slots: int, threads: int) -> Weights:
     package = OpenPackage(Package(path), sealed.keys.content_key.reveal())
-    variant = package.manifest.variants[0]
-    largest = max(facts.weight_bytes for facts in variant.slices)
-    return WeightStore(
-        package,
-        variant,
-        {n: memory(variant.slices[n].weight_bytes) for n in pinned},
+    pieces = pieces_of(bytes(32), package, package.manifest.variants[0].slices)
+    largest = max(piece.size for piece in pieces)
+    return Weights(
+        pieces,
         [memory(largest) for _ in range(slots)],
         [memory(2**20 + 16) for _ in range(threads + 1)],
+        Pool(20 * MIB),
+        Recorder(),
     )
+
+
+def turn(store: Weights, loader: Callable[[Weights], object] = lambda _: None) -> list[int]:
+    """One run through all pieces, with a loader that gets time before each; where each lay."""
+    course, places = store.announce(0, len(store.pieces)), []
+    for number in range(len(store.pieces)):
+        loader(store)
+        slot = store.acquire(0, course, number)
+        places.append(slot.memory.ctypes.data)
+        store.release(course, slot)
+    store.finish(course)
+    return places
 
 
 @pytest.mark.parametrize("loader", [True, False], ids=["loader", "no loader"])
 @pytest.mark.parametrize("slots", [1, 2, 3, 40])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_slice_is_its_own(squeezenet: Sealed, slots: int, threads: int, loader: bool) -> None:
-    store = open_store(squeezenet.path, squeezenet, slots, {0, 3}, threads)
-    store.load_pinned()
-    slices = store.variant.slices
-    truth = [b"".join(store.package.read_section(s) for s in f.weights) for f in slices]
+    store = real_weights(squeezenet.path, squeezenet, slots, threads)
+    store.pin_now(0)
+    store.pin_now(3)
+    package = store.pieces[0].package
+    sections = [[section for section, *_ in piece.chunks] for piece in store.pieces]
+    truth = [b"".join(map(package.read_section, dict.fromkeys(found))) for found in sections]
     wrong: list[tuple[int, int]] = []
 
     def work(thread: int) -> None:
         for _ in range(3):
-            for number, facts in enumerate(slices):
-                weights = store.acquire(thread, number)
-                if bytes(weights[: facts.weight_bytes]) != truth[number]:
+            course = store.announce(0, len(truth))
+            for number, expected in enumerate(truth):
+                slot = store.acquire(thread, course, number)
+                if bytes(slot.memory[: len(expected)]) != expected:
                     wrong.append((thread, number))
-                store.release(thread, number)
-        store.idle(thread)
+                store.release(course, slot)
+            store.finish(course)
 
-    with running(store, loader):
-        workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    with loading(store, loader):
+        workers = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(threads)]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join(60)
-            assert not worker.is_alive(), "a compute thread waits for ever"
+        join(*workers)
     assert not wrong
 
 
-def test_a_ring_that_holds_everything_loads_everything_once(squeezenet: Sealed) -> None:
-    store = open_store(squeezenet.path, squeezenet, 60, set(), 1)
-    with running(store, loader=False):
+def test_a_ring_that_holds_everything_loads_everything_once() -> None:
+    store = numbered_weights(Numbered(), [1, 3, 2, 1], slots=4, threads=1)
+    with loading(store):
         for _ in range(3):
-            for number in range(len(store.variant.slices)):
-                store.acquire(0, number)
-                store.release(0, number)
-    assert store.counters.loads == len(store.variant.slices)
-    assert store.counters.loaded_bytes == store.variant.weight_bytes
+            turn(store)
+    assert store.counters.loads == 4
+    assert store.counters.loaded_bytes == sum(piece.size for piece in store.pieces)
 
 
-def test_a_slice_comes_to_the_same_place_every_turn(squeezenet: Sealed) -> None:
+def test_a_slice_that_is_loaded_ahead_comes_to_the_same_place_every_turn() -> None:
     """Or its graph would have to be bound to its weights anew at every run."""
-    store = open_store(squeezenet.path, squeezenet, 5, {2}, 1)
-    places: dict[int, set[int]] = {}
-    with running(store, loader=True):
+    store = numbered_weights(Numbered(), [2] * 17, slots=5, threads=1, room=1)
+    store.pin_now(2)
+    places = [turn(store, loader=load_all) for _ in range(6)]
+    assert places == [places[0]] * 6
+
+
+def test_what_is_loaded_ahead_is_loaded_once_a_turn() -> None:
+    """It is not overwritten before it is used."""
+    store = numbered_weights(Numbered(), [2] * 12, slots=5, threads=1)
+    with loading(store):
         for _ in range(6):
-            for number in range(len(store.variant.slices)):
-                memory_of_slice = store.acquire(0, number)
-                places.setdefault(number, set()).add(memory_of_slice.ctypes.data)
-                store.release(0, number)
-    assert {number: len(found) for number, found in places.items()} == dict.fromkeys(places, 1)
+            turn(store)
+    assert store.counters.loads <= 6 * 12
 
 
-def test_what_is_loaded_ahead_is_not_overwritten_before_it_is_used(squeezenet: Sealed) -> None:
-    store = open_store(squeezenet.path, squeezenet, 5, set(), 1)
-    turns = 6
-    with running(store, loader=True):
-        for _ in range(turns):
-            for number in range(len(store.variant.slices)):
-                store.acquire(0, number)
-                store.release(0, number)
-    ahead = 5  # of the turn that does not come
-    assert store.counters.loads <= turns * len(store.variant.slices) + ahead
+def test_the_loader_follows_announced_runs_in_their_order() -> None:
+    store = numbered_weights(Numbered(), [2] * 10, slots=4, threads=2)
+    assert load_all(store) == [], "nobody needs anything"
+    later, sooner = store.announce(6, 8), store.announce(2, 5)
+    assert load_all(store) == [6, 7, 2, 3]
+    slot = store.acquire(0, sooner, 2)  # the second run begins first: it is what counts
+    assert load_all(store) == [4], "in the place of 7"
+    store.release(sooner, slot)
+    assert 7 not in store._where
+    store.finish(later)
+    store.finish(sooner)
+
+
+def test_what_no_run_needs_any_more_gives_way() -> None:
+    store = numbered_weights(Numbered(), [1] * 6, slots=2, threads=1)
+    given_up = store.announce(0, 2)
+    assert load_all(store) == [0, 1]
+    store.finish(given_up)
+    course = store.announce(4, 6)
+    assert load_all(store) == [4, 5]
+    store.finish(course)
+
+
+def test_two_threads_that_need_a_slice_share_its_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is decrypted once, by whoever comes first; nobody reads before all are there."""
+    package = Numbered()
+    store = numbered_weights(package, [8], slots=2, threads=3)
+    start = threading.Barrier(3, timeout=DEADLINE_S)
+    right: list[bool] = []
+
+    def need(thread: int) -> None:
+        course = store.announce(0, 1)
+        start.wait()
+        slot = store.acquire(thread, course, 0)
+        right.append(is_own(slot, store.pieces[0]))
+        store.release(course, slot)
+        store.finish(course)
+
+    with loading(store):
+        workers = [threading.Thread(target=need, args=(n,), daemon=True) for n in range(3)]
+        for worker in workers:
+            worker.start()
+        join(*workers)
+    assert right == [True] * 3
+    assert sorted(package.opened) == [(0, chunk) for chunk in range(8)]
+    assert store.counters.loads == 1
+
+
+# Chunks that do not open.
 
 
 def changed(squeezenet: Sealed, folder: Path, number: int) -> Path:
@@ -139,100 +186,211 @@ def changed(squeezenet: Sealed, folder: Path, number: int) -> Path:
 def test_a_changed_chunk_is_refused_and_the_others_go_on(
     squeezenet: Sealed, tmp_path: Path, loader: bool
 ) -> None:
-    store = open_store(changed(squeezenet, tmp_path, 4), squeezenet, 2, set(), 1)
-    with running(store, loader):
+    store = real_weights(changed(squeezenet, tmp_path, 4), squeezenet, 2, 1)
+    with loading(store, loader):
         for _ in range(2):
-            for number in range(len(store.variant.slices)):
+            course = store.announce(0, len(store.pieces))
+            for number in range(len(store.pieces)):
                 if number == 4:
                     with pytest.raises(PackageError, match="does not open"):
-                        store.acquire(0, number)
+                        store.acquire(0, course, number)
                 else:
-                    store.acquire(0, number)
-                    store.release(0, number)
+                    store.release(course, store.acquire(0, course, number))
+            store.finish(course)
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])
-def test_the_loader_tries_a_changed_chunk_once_and_then_waits(
-    squeezenet: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int
+def test_a_broken_chunk_is_tried_once_until_somebody_needs_it_and_then_again(damaged: int) -> None:
+    """Trying again and again would take a core from the others; what was a hiccup passes."""
+    package = Numbered(Counter({damaged: 1}))
+    store = numbered_weights(package, [3] * 3, slots=3, threads=1)
+    course = store.announce(0, 3)
+    assert sorted(load_all(store)) == [0, 1, 2]
+    assert [section for section, _ in package.opened].count(damaged) == 1, "the rest is left"
+    assert load_all(store) == []
+    with pytest.raises(PackageError, match=f"section {damaged} does not open"):
+        store.acquire(0, course, damaged)
+    store.finish(course)
+    again = store.announce(damaged, damaged + 1)
+    slot = store.acquire(0, again, damaged)
+    assert is_own(slot, store.pieces[damaged])
+    store.release(again, slot)
+    store.finish(again)
+
+
+def test_two_threads_that_need_a_broken_slice_are_both_told(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Until somebody needs it. Trying again and again would take a core from the others."""
-    store = open_store(changed(squeezenet, tmp_path, damaged), squeezenet, 3, set(), 1)
-    tries: list[int] = []
-    decrypt = store.package.decrypt_chunk
-
-    def counted(section: int, *rest: Any) -> None:
-        tries.append(section)
-        decrypt(section, *rest)
-
-    monkeypatch.setattr(store.package, "decrypt_chunk", counted)
-    with running(store, loader=True):
-        for turn in (1, 2):
-            deadline = time.monotonic() + 10
-            while not all(n in store._where and not store._where[n].missing for n in range(3)):
-                assert time.monotonic() < deadline, "the loader does not fill the ring"
-                time.sleep(0.001)
-            time.sleep(0.05)
-            slices = store.variant.slices
-            assert tries.count(slices[damaged].weights[0]) == turn
-            for number in range(len(slices)):
-                if number == damaged:
-                    with pytest.raises(PackageError, match="does not open"):
-                        store.acquire(0, number)
-                else:
-                    store.acquire(0, number)
-                    store.release(0, number)
-            store.idle(0)
-
-
-def test_two_threads_that_need_a_changed_slice_are_both_told(
-    squeezenet: Sealed, tmp_path: Path
-) -> None:
-    store = open_store(changed(squeezenet, tmp_path, 0), squeezenet, 2, set(), 2)
+    package = Numbered(Counter({0: 2}))
+    store = numbered_weights(package, [1, 1], slots=2, threads=2)
     told: list[PackageError] = []
+    start = threading.Barrier(2, timeout=DEADLINE_S)
 
     def need(thread: int) -> None:
+        course = store.announce(0, 1)
+        start.wait()
         try:
-            store.acquire(thread, 0)
+            store.acquire(thread, course, 0)
         except PackageError as error:
             told.append(error)
+        store.finish(course)
 
-    with running(store, loader=True):
-        threads = [threading.Thread(target=need, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
-            assert not thread.is_alive()
-        assert store.acquire(0, 1).size  # the slots are free again
-        store.release(0, 1)
+    with loading(store, loader=False):
+        workers = [threading.Thread(target=need, args=(n,), daemon=True) for n in range(2)]
+        for worker in workers:
+            worker.start()
+        join(*workers)
+        course = store.announce(1, 2)
+        assert is_own(store.acquire(0, course, 1), store.pieces[1]), "the slots are free again"
     assert len(told) == 2
     assert told[0] is not told[1]
 
 
-def test_only_who_waits_for_a_slice_is_charged_for_it(squeezenet: Sealed) -> None:
-    store = open_store(squeezenet.path, squeezenet, 2, {0}, 2)
-    store.load_pinned()
-    with running(store, loader=False):
-        store.acquire(0, 0)
-        store.acquire(1, 3)
-        store.release(1, 3)
+# Waiting, and the end.
+
+
+def test_only_who_waits_for_a_slice_is_charged_for_it() -> None:
+    store = numbered_weights(Numbered(), [1] * 4, slots=2, threads=2, room=1)
+    store.pin_now(0)
+    with loading(store, loader=False):
+        for thread, number in ((0, 0), (1, 3)):
+            course = store.announce(number, number + 1)
+            store.release(course, store.acquire(thread, course, number))
     assert store.stall_s[0] == 0
     assert store.stall_s[1] > 0
 
 
-def test_closing_wakes_a_waiting_thread(squeezenet: Sealed) -> None:
-    store = open_store(squeezenet.path, squeezenet, 1, set(), 2)
-    store.acquire(0, 0)
+def test_closing_wakes_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread without a slot, one that waits for another's chunk, and the loader."""
+    store = numbered_weights(Numbered(), [1] * 6, slots=2, threads=3)
+    begun = waits(monkeypatch)
+    holding = store.announce(0, 1)
+    store.acquire(0, holding, 0)
+    with store._changed:  # somebody took the only chunk of 1, and never comes back
+        lost = store._claim(1, urgent=True)
+        assert lost is not None
+        store._take_chunk(lost)
     failed: list[str] = []
 
-    def wait() -> None:
+    def wait(thread: int, number: int) -> None:
+        course = store.announce(number, number + 1)
         try:
-            store.acquire(1, 5)  # the only slot is in use
+            store.acquire(thread, course, number)
         except PackageError as error:
             failed.append(str(error))
 
-    waiter = threading.Thread(target=wait)
-    waiter.start()
+    waiters = [
+        threading.Thread(target=wait, args=(1, 5), daemon=True),
+        threading.Thread(target=wait, args=(2, 1), daemon=True),
+        threading.Thread(target=store.load_ahead, daemon=True),
+    ]
+    for waiter in waiters:
+        waiter.start()
+        assert begun.acquire(timeout=DEADLINE_S)
     store.close()
-    waiter.join(10)
-    assert failed == ["the enclave is stopping"]
+    join(*waiters)
+    assert failed == ["the enclave is stopping"] * 2
+
+
+# Pins.
+
+
+def test_a_slice_is_pinned_while_a_run_reads_it_from_the_ring() -> None:
+    store = numbered_weights(Numbered(), [2] * 4, slots=2, threads=2, room=1)
+    course, told = store.announce(0, 4), Told()
+    with loading(store):
+        before = store.acquire(0, course, 0)
+        store.move(0, pin=True, done=told)
+        assert told.outcome() is None
+        other = store.announce(0, 1)
+        after = store.acquire(1, other, 0)
+        assert after.memory is store.memory_of(0)
+        assert after is not before
+        assert is_own(before, store.pieces[0])
+        store.release(other, after)
+        store.finish(other)
+        store.release(course, before)
+        for number in (1, 2, 3):
+            slot = store.acquire(0, course, number)
+            assert is_own(slot, store.pieces[number])
+            store.release(course, slot)
+        store.finish(course)
+    assert (store.is_pinned(0), store.pool.used) == (True, 4096)
+
+
+def test_unpinning_waits_until_no_run_uses_the_slice() -> None:
+    """Its memory is another's afterwards."""
+    store = numbered_weights(Numbered(), [1] * 3, slots=1, threads=1, room=1)
+    store.pin_now(1)
+    course, told = store.announce(1, 2), Told()
+    slot = store.acquire(0, course, 1)
+    store.move(1, pin=False, done=told)
+    load_all(store)
+    assert not told.yet
+    assert (store.is_pinned(1), store.pool.used) == (True, 4096)
+    store.release(course, slot)
+    store.finish(course)
+    load_all(store)
+    assert told.outcome() is None
+    assert (store.is_pinned(1), store.pool.used) == (False, 0)
+    again = store.announce(1, 2)
+    assert is_own(store.acquire(0, again, 1), store.pieces[1])
+
+
+def test_a_run_that_begins_while_a_slice_is_unpinned_keeps_it() -> None:
+    """The loader has seen that nobody uses it; then somebody does."""
+    store = numbered_weights(Numbered(), [1] * 2, slots=1, threads=1, room=1)
+    store.pin_now(1)
+    told = Told()
+    store.move(1, pin=False, done=told)
+    with store._changed:
+        move = store._next_job()
+    assert move is not None
+    assert not isinstance(move, tuple)
+    course = store.announce(1, 2)
+    slot = store.acquire(0, course, 1)
+    store._carry_out(move)
+    assert not told.yet
+    assert store.pool.used == 4096
+    store.release(course, slot)
+    load_all(store)
+    assert told.outcome() is None
+
+
+@pytest.mark.parametrize(
+    ("pins", "moves", "errors"),
+    [
+        ([1], [(1, True)], [InvalidInputError]),
+        ([], [(1, False)], [InvalidInputError]),
+        ([], [(1, True), (1, True)], [None, InvalidInputError]),
+        ([1], [(1, False), (1, False)], [None, InvalidInputError]),
+        ([2], [(2, False)], [InvalidInputError]),  # larger than a slot
+        ([], [(0, True), (1, True), (2, True)], [None, None, BudgetError]),
+        ([], [(3, True), (3, True)], [PackageError, None]),
+    ],
+)
+def test_a_move_that_cannot_be_is_refused_and_the_loader_goes_on(
+    pins: list[int], moves: list[tuple[int, bool]], errors: list[type[Exception] | None]
+) -> None:
+    """Also when it could have been as it was asked for: the host asks for several at once."""
+    store = numbered_weights(Numbered(Counter({3: 1})), [1, 1, 2, 1], slots=1, threads=1, room=2)
+    store.ring[0].resize(10, refcheck=False)
+    for piece in pins:
+        store.pin_now(piece)
+    told = [Told() for _ in moves]
+    for (piece, pin), one in zip(moves, told, strict=True):
+        store.move(piece, pin=pin, done=one)
+    with loading(store):
+        outcomes = [one.outcome() for one in told]
+    assert [type(outcome) if outcome else None for outcome in outcomes] == errors
+    kept = sum(store.is_pinned(piece) for piece in range(4))
+    assert store.pool.used == 4096 * kept, "what was not pinned takes no room"
+
+
+def test_moves_that_come_too_late_are_told_so() -> None:
+    store = numbered_weights(Numbered(), [1] * 2, slots=1, threads=1, room=1)
+    told = Told()
+    store.move(0, pin=True, done=told)
+    store.close()
+    store.load_ahead()
+    assert isinstance(told.outcome(), EnclaveError)

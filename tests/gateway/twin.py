@@ -15,10 +15,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import convert
 from numpy.typing import NDArray
 
-from lasagna.enclave.messages import PlanFacts, SealedRows, Stats
+from lasagna.enclave.messages import SealedRows, Stats
 from lasagna.errors import LasagnaError, RecordError
 from lasagna.package.format import TensorSpec
-from lasagna.server.served import ModelFacts, State, Statistics, Status
+from lasagna.server.plan_facts import PlanFacts, StageFacts
+from lasagna.server.served import (
+    DEFAULT_SERVICE,
+    ModelFacts,
+    ServiceClass,
+    State,
+    Statistics,
+    Status,
+)
 from lasagna.trust.evidence import InsecureEmulatedQuoter, ServiceClaims, attest
 from lasagna.trust.keys import Direction, SecretKey, ServiceKeys, ServiceSecret, service_keys
 from lasagna.trust.policy import MeasurementIn
@@ -64,6 +72,7 @@ class TwinModel:
         self.arrived = asyncio.Event()
         self.seen: list[SealedRows] = []
         self.timeouts: list[float] = []
+        self.services: list[ServiceClass] = []
         self.cancelled = 0
         self.measurement = MEASUREMENT
         self._compute = compute
@@ -100,9 +109,12 @@ class TwinModel:
             Bytes(5000),
         )
 
-    async def infer(self, request: SealedRows, timeout_s: float) -> tuple[tuple[bytes, ...], ...]:
+    async def infer(
+        self, request: SealedRows, timeout_s: float, service: ServiceClass = DEFAULT_SERVICE
+    ) -> tuple[tuple[bytes, ...], ...]:
         self.seen.append(request)
         self.timeouts.append(timeout_s)
+        self.services.append(service)
         self.arrived.set()
         try:
             if self.gate is not None:
@@ -148,18 +160,19 @@ class TwinModel:
 def plan_of(max_rows: int) -> PlanFacts:
     return PlanFacts(
         variant="portable",
+        form="sliced",
         slices=1,
+        stages=(StageFacts(0, 1, max_rows),),
         pinned_slices=(0,),
         weight_bytes=1000,
         pinned_bytes=1000,
+        max_batch=max_rows,
         ring_slots=0,
         slot_bytes=0,
-        activation_bytes=0,
-        input_bytes=0,
-        staging_bytes=0,
-        session_bytes=0,
-        workspace_bytes=0,
-        max_batch=max_rows,
-        sessions=1,
-        total_bytes=1000,
+        activation_bytes=10,
+        input_bytes=20,
+        staging_bytes=30,
+        workspace_bytes=40,
+        waiting_bytes=0,
+        total_bytes=1100,
     )

@@ -13,6 +13,8 @@ from itertools import pairwise
 from lasagna.policy.costs import ModelCosts, SliceCosts
 from lasagna.policy.events import (
     Answer,
+    Arrange,
+    Arranged,
     Arrived,
     Cancelled,
     Command,
@@ -24,14 +26,19 @@ from lasagna.policy.events import (
     ModelAdded,
     Moved,
     Pin,
+    Plan,
+    Planned,
     Ran,
     Refuse,
     Run,
     RunFailed,
+    Unpin,
 )
-from lasagna.policy.memory import Machine
+from lasagna.policy.memory import divide, repin
 from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
+from lasagna.units import whole_pages
 
 MB = 1_000_000
 MACHINE = Machine(budget=60 * MB, lanes=1, cores=2, load_rate=3.4e9, entry_s=0.0002)
@@ -90,6 +97,8 @@ class Enclave:
     given_up: dict[int, str] = field(default_factory=dict)
     pinned: set[tuple[str, int]] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
+    arranged: int = 0
+    moves: int = 0
     _queue: list[Run] = field(default_factory=list)
     _ends: list[tuple[float, int, Run]] = field(default_factory=list)
     _at: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -116,8 +125,33 @@ class Enclave:
                 case GiveUp(request, reason):
                     assert request not in self.given_up
                     self.given_up[request] = reason
+                case Plan():
+                    kept = None
+                    if command.present is not None:
+                        kept = repin(command.present, command.demand, command.machine)
+                        assert kept.total_bytes <= command.machine.budget
+                    best = divide(command.models, command.demand, command.machine, command.style)
+                    self.tell(Planned(self.now_s, best, kept))
+                case Arrange(plan):
+                    assert not self._queue
+                    assert not self._ends
+                    assert not self._at
+                    self.arranged += 1
+                    self.pinned = (
+                        set()
+                        if plan is None
+                        else {(name, n) for name in plan.pinned for n in plan.pinned[name]}
+                    )
+                    self.tell(Arranged(self.now_s))
                 case Pin(model, number):
+                    assert (model, number) not in self.pinned
                     self.pinned.add((model, number))
+                    self.moves += 1
+                    self._check_room()
+                    self.tell(Moved(self.now_s))
+                case Unpin(model, number):
+                    self.pinned.remove((model, number))
+                    self.moves += 1
                     self.tell(Moved(self.now_s))
                 case Forget(request):
                     running = {
@@ -131,6 +165,12 @@ class Enclave:
                 case _:
                     raise AssertionError(command)
         self._begin()
+
+    def _check_room(self) -> None:
+        plan = self.scheduler.plan
+        assert plan is not None
+        held = sum(whole_pages(plan.costs[name].slices[n].weight_bytes) for name, n in self.pinned)
+        assert plan.total_bytes - plan.pinned_bytes + held <= self.machine.budget
 
     def _check(self, run: Run) -> None:
         plan = self.scheduler.plan
@@ -213,6 +253,6 @@ def enclave(
     scheduler = Scheduler(machine, settings or Settings())
     made = Enclave(scheduler, models, machine, factor)
     for name, costs in models.items():
-        made.tell(ModelAdded(0.0, name, costs))
+        made.tell(ModelAdded(0.0, name, (costs,)))
     made.tell(EnclaveReady(0.0))
     return made

@@ -29,11 +29,11 @@ def test_a_correction_finds_the_factor_of_another_machine(
     for one in noise:
         correction.note(2.0, 2.0 * factor * one)
     assert correction.factor == pytest.approx(factor, rel=0.06)
-    assert correction.median_error < 0.11
 
 
 def test_what_was_not_measured_changes_nothing() -> None:
     correction = Correction()
     correction.note(0.0, 1.0)
     correction.note(1.0, 0.0)
-    assert (correction.factor, correction.median_error) == (1.0, 0.0)
+    assert correction.factor == 1.0
+    assert not correction.measured

@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 from tests.policy.machine import MB, linear
 
 from lasagna.errors import BudgetError
-from lasagna.policy.costs import ModelCosts
-from lasagna.policy.memory import Machine, divide, waiting_rows
+from lasagna.policy.costs import Forms, ModelCosts
+from lasagna.policy.memory import divide
+from lasagna.policy.stages import Machine, waiting_rows
+from lasagna.units import whole_pages
 
 
 def machine(budget: int, lanes: int = 1) -> Machine:
     return Machine(budget, lanes, 2, 3.4e9, 0.0002)
+
+
+def forms(models: dict[str, ModelCosts]) -> dict[str, Forms]:
+    return {name: (costs,) for name, costs in models.items()}
 
 
 @st.composite
@@ -40,7 +46,7 @@ def test_a_division_fits_or_is_refused(
     models: dict[str, ModelCosts], lanes: int, budget: int, demand: dict[str, float]
 ) -> None:
     try:
-        plan = divide(models, demand, machine(budget, lanes))
+        plan = divide(forms(models), demand, machine(budget, lanes))
     except BudgetError:
         return
     assert plan.total_bytes <= budget
@@ -54,7 +60,7 @@ def test_a_division_fits_or_is_refused(
         assert lanes * max(held) <= plan.running_bytes
         for number, one in enumerate(costs.slices):
             if number in plan.pinned[name]:
-                pinned += one.weight_bytes
+                pinned += whole_pages(one.weight_bytes)
             else:
                 streamed = max(streamed, one.weight_bytes)
         for before, after in pairwise(stages):
@@ -67,7 +73,7 @@ def test_a_division_fits_or_is_refused(
 
 def test_what_fits_is_pinned_and_runs_in_one_stage() -> None:
     small = linear([MB, 2 * MB], [1000, 1000], [0.001, 0.001])
-    plan = divide({"a": small}, {}, machine(60 * MB))
+    plan = divide({"a": (small,)}, {}, machine(60 * MB))
     assert plan.pinned["a"] == {0, 1}
     assert plan.ring_bytes == 0
     assert [(stage.first, stage.last) for stage in plan.stages["a"]] == [(0, 2)]
@@ -76,11 +82,11 @@ def test_what_fits_is_pinned_and_runs_in_one_stage() -> None:
 def test_the_hot_model_is_pinned_before_the_cold_ones() -> None:
     one = linear([5 * MB] * 4, [1000] * 4, [0.001] * 4)
     models = {"cold": one, "hot": one, "colder": one}
-    plan = divide(models, {"hot": 10.0, "cold": 1.0, "colder": 0.1}, machine(40 * MB))
+    plan = divide(forms(models), {"hot": 10.0, "cold": 1.0, "colder": 0.1}, machine(40 * MB))
     assert plan.pinned["hot"] == {0, 1, 2, 3}
     assert len(plan.pinned["colder"]) == 0
 
 
 def test_a_shortage_is_named() -> None:
-    with pytest.raises(BudgetError, match=r"'a' need .* 6.00 MB .* the budget is 5.00 MB"):
-        divide({"a": linear([6 * MB], [1000], [0.1])}, {}, machine(5 * MB))
+    with pytest.raises(BudgetError, match=r"5.00 MB is too small: .* slice 0 of 'a' take 6.00 MB"):
+        divide({"a": (linear([6 * MB], [1000], [0.1]),)}, {}, machine(5 * MB))

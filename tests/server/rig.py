@@ -20,7 +20,7 @@ from lasagna.gateway.metadata import model_metadata
 from lasagna.gateway.sealed import sealed_answer, sealed_rows
 from lasagna.gateway.tensors import parse_request
 from lasagna.server.broker import InsecureBroker
-from lasagna.server.host import ModelHost
+from lasagna.server.host import EnclaveHost
 from lasagna.server.lifecycle import HostConfig
 from lasagna.server.served import State
 from lasagna.tee.backend import EnclaveSpec
@@ -68,8 +68,9 @@ class Relay:
 class Rig:
     """A host, what moves it, and a client of it."""
 
-    def __init__(self, host: ModelHost, backend: Backend, relay: Relay) -> None:
-        self.host = host
+    def __init__(self, enclave: EnclaveHost, backend: Backend, relay: Relay) -> None:
+        self.enclave = enclave
+        (self.host,) = enclave.models.values()
         self.backend = backend
         self.relay = relay
         self.broker = relay.broker
@@ -123,10 +124,11 @@ async def hosting(
     sockets = folder / "sockets"
     sockets.mkdir(mode=0o700, exist_ok=True)
     relay = Relay(broker, failures)
-    host = ModelHost(package, config, backend, relay, sockets)
+    host = EnclaveHost([package], config, backend, relay, sockets)
     async with host:
         async with asyncio.timeout(DEADLINE_S):
-            await host.settled()
+            for model in host.models.values():
+                await model.settled()
         yield Rig(host, backend, relay)
     assert all(gone(enclave.pid) for enclave in backend.started)
     assert list(sockets.iterdir()) == []

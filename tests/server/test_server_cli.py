@@ -37,7 +37,7 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def test_it_says_what_it_serves_and_that_it_protects_nothing(server: Server) -> None:
-    assert "EMULATED enclaves, which protect nothing" in server.said
+    assert "an EMULATED enclave, which protects nothing" in server.said
     assert server.measurement == InsecureProcessBackend().measurement().hex()
     assert re.search(r"model squeezenet: ready: 4\.9\d MB of weights in \d+ slice", server.said)
     assert httpx.get(server.url + "/v2/health/ready").json() == {"live": True, "ready": True}
@@ -284,8 +284,8 @@ def test_an_enclave_in_an_emulated_epc_answers_and_its_footprint_is_deducted(
 ) -> None:
     emulated = ("--insecure-emulate-epc", "sgx1-128")
     with serving(model.package, *local(model, tmp_path), *emulated) as server:
-        assert "backend insecure-emulated-epc: EMULATED" in server.said
-        assert "each has 98.0 MB of emulated EPC as of sgx1-128" in server.said
+        assert "backend insecure-emulated-epc: an EMULATED" in server.said
+        assert "it has 98.0 MB of emulated EPC as of sgx1-128" in server.said
         with server.client() as client:
             inputs = {INPUT: image}
             answer = client.infer(NAME, inputs)[OUTPUT]

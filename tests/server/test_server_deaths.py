@@ -102,7 +102,7 @@ async def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(
         rig.backend.send(signal.SIGSTOP)
         tasks = [asyncio.create_task(rig.answer(sealed)) for _ in range(4)]  # 2 run, 2 wait
         await dispatched()
-        with pytest.raises(OverloadedError, match="2 requests are waiting") as caught:
+        with pytest.raises(OverloadedError, match="2 rows wait, the limit is 2") as caught:
             await rig.answer(sealed)
         assert caught.value.retry_after_s > 0
         tasks.pop().cancel()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lasagna.enclave.frames import LENGTH, decode_command, encode_frame
 from lasagna.enclave.messages import (
-    LENGTH,
     PROTOCOL_VERSION,
     Attest,
     Attested,
@@ -19,16 +19,15 @@ from lasagna.enclave.messages import (
     Failed,
     GetStats,
     Hello,
-    Infer,
-    Inferred,
-    InferResult,
+    Part,
+    PartResult,
+    Ran,
     Reply,
+    Run,
     SealedRows,
     Stop,
     Stopped,
     Timings,
-    decode_command,
-    encode_frame,
 )
 from lasagna.errors import (
     BudgetError,
@@ -106,7 +105,7 @@ def listening(path: Path) -> socket.socket:
 
 
 def attest(link: EnclaveLink, timeout_s: float = SOON) -> asyncio.Task[Attested]:
-    return asyncio.create_task(link.call(Attest(link.next_id()), Attested, timeout_s))
+    return asyncio.create_task(link.call(Attest(link.next_id(), b"m" * 32), Attested, timeout_s))
 
 
 async def test_hello_comes_first(connect: Connect) -> None:
@@ -146,12 +145,13 @@ async def test_a_large_request_arrives_whole(connect: Connect) -> None:
     link, peer = await connect()
     record = memoryview(bytes(range(256)) * 40_000)  # 10 MB: more than any socket buffer
     rows = SealedRows(b"r" * 16, b"c" * 81, 1, ((record,),))
-    command = Infer(link.next_id(), b"m" * 32, (rows,))
-    call = asyncio.create_task(link.call(command, Inferred, SOON))
+    command = Run(link.next_id(), b"m" * 32, 0, 1, (Part(1, 0, 1, rows),))
+    call = asyncio.create_task(link.call(command, Ran, SOON))
     heard = await peer.hear()
-    assert isinstance(heard, Infer)
-    assert heard.requests[0].records[0][0] == record
-    answer = Inferred(heard.id, (InferResult(((b"out",),)),), Timings(0, 0, 0, 0, 0))
+    assert isinstance(heard, Run)
+    assert heard.parts[0].sealed is not None
+    assert heard.parts[0].sealed.records[0][0] == record
+    answer = Ran(heard.id, (PartResult(((b"out",),)),), Timings(0, 0, 0, 0, 0, 0, 0, 0))
     await peer.say(answer)
     assert await call == answer
 

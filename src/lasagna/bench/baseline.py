@@ -83,8 +83,7 @@ class _Enclave:
     def repeat(self, calls: int) -> None:
         """Run the request so many times."""
         for _ in range(calls):
-            command = m.Infer(self.enclave.next_id(), self.enclave.digest, (self._request.rows,))
-            (result,) = self.enclave.call(command, m.Inferred).results
+            (result,) = self.enclave.call(self.enclave.run(self._request), m.Ran).results
             if result.error:
                 raise EnclaveError(result.error)
 

@@ -23,8 +23,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from lasagna.enclave import messages as m
+from lasagna.enclave.frames import (
+    DEFAULT_FRAME_LIMIT,
+    ERRORS,
+    LENGTH,
+    decode_reply,
+    encode_frame,
+    frame_length,
+)
 from lasagna.errors import EnclaveLostError, LasagnaError
 from lasagna.package.format import TensorSpec
+from lasagna.package.forms import choose_variant
+from lasagna.package.reader import Package
+from lasagna.policy.memory import Style, divide
+from lasagna.server.costs import arrange_message, forms_of, machine_of
+from lasagna.server.plan_facts import plan_facts
 from lasagna.tee.measurement import measure_code, source_root
 from lasagna.tee.process import minimal_environment
 from lasagna.trust.evidence import decode_attested
@@ -120,11 +133,13 @@ class InsecureDirectEnclave:
             finally:
                 listener.close()
         self.pid = self._process.pid
-        self._next = 0
+        self._next = self._requests = 0
         try:
             self._socket.settimeout(CALL_TIMEOUT_S)
             self.hello = self._expect(self._receive(), m.Hello)
-            self._load(package, keys, (max_batch, pin, vanilla), measurement, service_secret)
+            self._load(package, keys, measurement, service_secret)
+            style = Style(staged=False, max_rows=max_batch, pin=pin, whole=pin)
+            self._arrange(package, budget, threads, style, paged=vanilla)
         except BaseException:
             self.close()
             raise
@@ -144,7 +159,6 @@ class InsecureDirectEnclave:
         self,
         package: Path,
         keys: ModelKeys,
-        wish: tuple[int, bool, bool],
         measurement: bytes,
         service_secret: ServiceSecret | None,
     ) -> None:
@@ -161,11 +175,10 @@ class InsecureDirectEnclave:
             now=now,
             insecure_allow_emulated=True,
         )
-        loaded = self.call(m.Load(self.next_id(), granted, *wish), m.Loaded)
-        self.plan, self.digest = loaded.plan, loaded.model
-        attested = decode_attested(
-            self.call(m.Attest(self.next_id(), os.urandom(32)), m.Attested).document
-        )
+        loaded = self.call(m.Load(self.next_id(), granted), m.Loaded)
+        self.digest, self._variant = loaded.model, loaded.variant
+        attest = m.Attest(self.next_id(), self.digest, os.urandom(32))
+        attested = decode_attested(self.call(attest, m.Attested).document)
         self._claims = verify_service(
             attested.evidence,
             attested.claims,
@@ -175,6 +188,20 @@ class InsecureDirectEnclave:
             insecure_allow_emulated=True,
         )
 
+    def _arrange(
+        self, package: Path, budget: int, threads: int, style: Style, *, paged: bool
+    ) -> None:
+        with Package(package) as opened:
+            manifest = opened.manifest
+            variant = choose_variant(manifest.variants, self.hello.block)
+        rows = style.max_rows if manifest.batchable else 1
+        forms = forms_of(variant, rows, paged=paged)
+        machine = machine_of(budget, threads, paged=paged)
+        plan = divide({manifest.name: forms}, {}, machine, style)
+        message = arrange_message(self.next_id(), plan, {manifest.name: self.digest})
+        self.call(message, m.Arranged)
+        self.plan = plan_facts(plan, manifest.name, self._variant)
+
     def next_id(self) -> int:
         """A fresh command id."""
         self._next += 1
@@ -183,7 +210,7 @@ class InsecureDirectEnclave:
     def send(self, command: m.Command) -> None:
         """Send a command; its reply comes with ``receive``."""
         try:
-            self._socket.sendall(m.encode_frame(command))
+            self._socket.sendall(encode_frame(command))
         except OSError as error:
             raise EnclaveLostError(f"the enclave is gone: {error}") from None
 
@@ -225,7 +252,7 @@ class InsecureDirectEnclave:
         return ClientRequest(request, scope, sealed)
 
     def open(
-        self, specs: Sequence[TensorSpec], request: ClientRequest, result: m.InferResult
+        self, specs: Sequence[TensorSpec], request: ClientRequest, result: m.PartResult
     ) -> dict[str, Array]:
         """What a client makes of the answer.
 
@@ -233,7 +260,7 @@ class InsecureDirectEnclave:
             LasagnaError: the enclave refused this request, or a record does not open.
         """
         if result.error:
-            raise m.ERRORS.get(result.kind, LasagnaError)(result.error)
+            raise ERRORS.get(result.kind, LasagnaError)(result.error)
         outputs: dict[str, Array] = {}
         rows = request.rows.rows
         for spec, records in zip(specs, result.records, strict=True):
@@ -252,8 +279,16 @@ class InsecureDirectEnclave:
     ) -> dict[str, Array]:
         """Seal, run and open one request."""
         request = self.seal(inputs, values)
-        command = m.Infer(self.next_id(), self.digest, (request.rows,))
-        return self.open(outputs, request, self.call(command, m.Inferred).results[0])
+        (result,) = self.call(self.run(request), m.Ran).results
+        return self.open(outputs, request, result)
+
+    def run(self, *requests: ClientRequest) -> m.Run:
+        """The command that runs the whole model on some requests as one batch."""
+        parts = []
+        for request in requests:
+            self._requests += 1
+            parts.append(m.Part(self._requests, 0, request.rows.rows, request.rows))
+        return m.Run(self.next_id(), self.digest, 0, self.plan.slices, tuple(parts))
 
     def stats(self) -> m.Stats:
         """The enclave's counters."""
@@ -275,14 +310,14 @@ class InsecureDirectEnclave:
 
     def _expect(self, reply: m.Reply, kind: type[R]) -> R:
         if isinstance(reply, m.Failed):
-            raise m.ERRORS.get(reply.kind, LasagnaError)(reply.message)
+            raise ERRORS.get(reply.kind, LasagnaError)(reply.message)
         if not isinstance(reply, kind):
             raise EnclaveLostError(f"expected {kind.__name__}, got {type(reply).__name__}")
         return reply
 
     def _receive(self) -> m.Reply:
-        head = self._read(m.LENGTH.size)
-        return m.decode_reply(self._read(m.frame_length(head, m.DEFAULT_FRAME_LIMIT)))
+        head = self._read(LENGTH.size)
+        return decode_reply(self._read(frame_length(head, DEFAULT_FRAME_LIMIT)))
 
     def _read(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -36,6 +36,7 @@ from lasagna.errors import EnclaveError
 from lasagna.models.seal import SealOptions, seal
 from lasagna.models.source import open_session, prepare, random_inputs
 from lasagna.models.zoo.catalog import CATALOG, load
+from lasagna.server.plan_facts import PlanFacts
 from lasagna.units import MIB, format_bytes
 
 QUICK_MODELS: Final = ("squeezenet", "alexnet", "resnet50")
@@ -55,7 +56,7 @@ class Row:
     model: str
     weight_bytes: int
     timings: Timings
-    plans: dict[str, m.PlanFacts]
+    plans: dict[str, PlanFacts]
 
     def ratio(self, kind: str, load_: str) -> float:
         """Native seconds over secure seconds: 1 is as fast as native."""
@@ -139,9 +140,9 @@ def _infer(
     sent = 0
     for received in range(calls):
         while sent < min(calls, received + in_flight):
-            enclave.send(m.Infer(enclave.next_id(), enclave.digest, (request.rows,)))
+            enclave.send(enclave.run(request))
             sent += 1
-        (result,) = enclave.receive(m.Inferred).results
+        (result,) = enclave.receive(m.Ran).results
         if result.error:
             raise EnclaveError(result.error)
 

@@ -15,9 +15,22 @@ from matplotlib.figure import Figure
 
 from lasagna.bench.report import Bar, Result
 from lasagna.policy.costs import ModelCosts, SliceCosts
-from lasagna.policy.events import Answer, Arrived, EnclaveReady, ModelAdded, Moved, Pin, Ran, Run
-from lasagna.policy.memory import Machine
+from lasagna.policy.events import (
+    Answer,
+    Arrange,
+    Arranged,
+    Arrived,
+    EnclaveReady,
+    Event,
+    ModelAdded,
+    Plan,
+    Planned,
+    Ran,
+    Run,
+)
+from lasagna.policy.memory import divide
 from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
 
 LIMIT: Final = 100_000.0
@@ -47,18 +60,22 @@ def _tasks_a_second(models: int, seconds: float) -> float:
     answered = sent = tasks = 0
     now_s = 0.0
 
-    def tell(event: ModelAdded | EnclaveReady | Moved | Arrived | Ran) -> None:
+    def tell(event: Event) -> None:
         nonlocal answered
         for command in scheduler.handle(event):
             if isinstance(command, Run):
                 runs.append(command)
             elif isinstance(command, Answer):
                 answered += 1
-            elif isinstance(command, Pin):
-                tell(Moved(now_s))
+            elif isinstance(command, Plan):  # worked out elsewhere, so only once here
+                present = command.present
+                best = present or divide(command.models, command.demand, command.machine)
+                tell(Planned(now_s, best, present))
+            elif isinstance(command, Arrange):
+                tell(Arranged(now_s))
 
     for name in names:
-        tell(ModelAdded(now_s, name, _model()))
+        tell(ModelAdded(now_s, name, (_model(),)))
     tell(EnclaveReady(now_s))
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:

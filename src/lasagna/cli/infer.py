@@ -36,7 +36,18 @@ def infer(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the outputs to this .npz.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outputs as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for each answer.")] = 60.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds to wait for each answer. A server that can't keep to it refuses at once."
+        ),
+    ] = 60.0,
+    priority: Annotated[
+        int, typer.Option(help="1 goes first, 9 last; 0 is the server's default, the same as 5.")
+    ] = 0,
+    tenant: Annotated[
+        str, typer.Option(help="Whose request it is, where no proxy tells the server.")
+    ] = "",
 ) -> None:
     """Run a model on a server, sealed for its enclave.
 
@@ -59,7 +70,7 @@ def infer(
         insecure_allow_emulated=insecure_allow_emulated,
         timeout_s=timeout,
     ) as client:
-        outputs = client.infer(model, arrays)
+        outputs = client.infer(model, arrays, priority=priority, tenant=tenant)
     if output is not None:
         _write_npz(output, outputs)
     if as_json:

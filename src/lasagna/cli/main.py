@@ -68,6 +68,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "epc": Command(
         "lasagna.cli.epc:app", "Run any program with an enclave's memory limit, and watch it page."
     ),
+    "trace": Command("lasagna.cli.trace:trace", "Show what ran when inside an enclave."),
     "insecure-broker": Command(
         "lasagna.cli.broker:insecure_broker",
         "Release models' keys to allowed enclaves; for development.",

@@ -25,8 +25,10 @@ from lasagna.errors import LasagnaError, UsageError
 from lasagna.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from lasagna.server.host import ModelHost
+    from lasagna.server.host import EnclaveHost
+    from lasagna.server.hosted import HostedModel
     from lasagna.server.lifecycle import HostConfig
+    from lasagna.server.plan_facts import PlanFacts
     from lasagna.server.release import BrokerRelay
 
 DEFAULT_PORT: Final = 8000
@@ -60,10 +62,10 @@ class _Plan:
 
 def serve(
     packages: Annotated[
-        list[Path], typer.Argument(help="Sealed packages; each is served from its own enclave.")
+        list[Path], typer.Argument(help="Sealed packages; one enclave serves them all.")
     ],
     budget: Annotated[
-        str, typer.Option(help="Enclave memory for each model, such as 12MB or 93.5MiB.")
+        str, typer.Option(help="Enclave memory for all models, such as 12MB or 93.5MiB.")
     ],
     broker: Annotated[
         str | None, typer.Option(help="URL of the key broker, such as http://keys:8100.")
@@ -82,9 +84,25 @@ def serve(
     threads: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 1,
     intra_op_threads: Annotated[int, typer.Option(min=1, help="Threads within a layer.")] = 1,
     max_batch: Annotated[
-        int, typer.Option(min=1, max=4096, help="Rows of one batch, if the budget allows it.")
-    ] = 8,
-    queue_limit: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+        int,
+        typer.Option(
+            min=1, max=4096, help="Rows of one request; and of one batch, if the budget allows it."
+        ),
+    ] = 32,
+    queue_limit: Annotated[int, typer.Option(min=1, help="Rows that may wait.")] = 256,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="What decides what runs when; lasagna, dynamic-batch, on-demand or vanilla."
+        ),
+    ] = "lasagna",
+    tenant_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TENANT=WEIGHT",
+            help="A tenant's share when the server is busy; others have 1. May be repeated.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for any.")] = DEFAULT_PORT,
     socket_dir: Annotated[
@@ -93,6 +111,10 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds for requests to finish when the server stops.")
     ] = 30.0,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Record what runs when in this file; see lasagna trace."),
+    ] = None,
     insecure_emulate_epc: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +130,7 @@ def serve(
     nothing is protected. Ctrl-C finishes the requests that are here and stops; a second one quits.
     """
     from lasagna.gateway.run import keep_large_buffers, loop_factory
+    from lasagna.policy.baselines import policy_named
     from lasagna.server.lifecycle import HostConfig
 
     if (broker is None) == (not insecure_local_broker):
@@ -120,6 +143,10 @@ def serve(
         intra_op_threads=intra_op_threads,
         max_batch=max_batch,
         queue_limit=queue_limit,
+        policy=policy_named(policy).name,
+        tenant_weights=_weights(tenant_weight or ()),
+        trace=trace,
+        traced_as=insecure_emulate_epc or "",
     )
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("asyncio", "httpcore", "httpx", "uvicorn"):
@@ -156,21 +183,20 @@ async def _serve(plan: _Plan) -> None:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="lasagna-"))
         )
         _require_private(folder)
-        hosts = await stack.enter_async_context(_hosts(plan, folder))
-        async with serving(gateway_app(hosts), plan.listener), asyncio.TaskGroup() as tasks:
-            shown = [tasks.create_task(_show(model)) for model in hosts.values()]
+        host = await stack.enter_async_context(_host(plan, folder))
+        async with serving(gateway_app(host.models), plan.listener), asyncio.TaskGroup() as tasks:
+            shown = [tasks.create_task(_show(model)) for model in host.models.values()]
             await stop.wait()
             for task in shown:
                 task.cancel()
             waiting = "finishing the requests that are here; Ctrl-C again quits at once"
             typer.echo(waiting, err=True)
-            for model in hosts.values():
-                tasks.create_task(model.stop(plan.drain_s))
+            await host.stop(plan.drain_s)
 
 
 @contextlib.asynccontextmanager
-async def _hosts(plan: _Plan, folder: Path) -> AsyncIterator[dict[str, ModelHost]]:
-    from lasagna.server.host import ModelHost
+async def _host(plan: _Plan, folder: Path) -> AsyncIterator[EnclaveHost]:
+    from lasagna.server.host import EnclaveHost
     from lasagna.server.local_broker import insecure_local_broker
     from lasagna.server.release import BrokerRelay
     from lasagna.tee.emulated import choose_backend
@@ -191,29 +217,22 @@ async def _hosts(plan: _Plan, folder: Path) -> AsyncIterator[dict[str, ModelHost
                 insecure_local_broker(plan.local_keys, measurement, plan.broker_state)
             )
         relay = BrokerRelay(url)
-        hosts: dict[str, ModelHost] = {}
-        for package in plan.packages:
-            host = ModelHost(package, plan.config, backend, relay, folder)
-            if host.name in hosts:
-                raise UsageError(f"two packages are called {host.name!r}")
-            hosts[host.name] = host
+        host = EnclaveHost(plan.packages, plan.config, backend, relay, folder)
         address = plan.listener.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         typer.echo(f"serving on http://{shown}:{address[1]} (Open Inference Protocol v2)")
-        typer.echo(f"backend {backend.name}: EMULATED enclaves, which protect nothing")
+        typer.echo(f"backend {backend.name}: an EMULATED enclave, which protects nothing")
         if reason is not None:
             typer.echo(f"no EPC is emulated, memory is accounted for but not limited: {reason}")
         elif costs is not None:
             typer.echo(
-                f"each has {format_bytes(costs.epc_bytes)} of emulated EPC as of "
+                f"it has {format_bytes(costs.epc_bytes)} of emulated EPC as of "
                 f"{plan.emulated_epc}; lasagna epc top shows how it is used"
             )
         typer.echo(f"clients need --allow-measurement {measurement.hex()}")
         typer.echo(f"             --broker-key {await _broker_key(relay)}")
         typer.echo("             --insecure-allow-emulated")
-        for host in hosts.values():
-            await stack.enter_async_context(host)
-        yield hosts
+        yield await stack.enter_async_context(host)
 
 
 async def _broker_key(relay: BrokerRelay) -> str:
@@ -237,7 +256,7 @@ def _require_private(folder: Path) -> None:
         )
 
 
-async def _show(host: ModelHost) -> None:
+async def _show(host: HostedModel) -> None:
     """Say how a model is, as soon as that is certain."""
     status, plan = await host.settled(), host.facts.plan
     if not status.ready or plan is None:
@@ -247,8 +266,36 @@ async def _show(host: ModelHost) -> None:
         f"model {host.name}: ready: {format_bytes(plan.weight_bytes)} of weights in "
         f"{plan.slices} slice{'s' * (plan.slices != 1)}, "
         f"{format_bytes(plan.pinned_bytes)} pinned; {format_bytes(plan.total_bytes)} of enclave "
-        f"memory; batches of up to {plan.max_batch} row{'s' * (plan.max_batch != 1)}"
+        f"memory; batches of {_batches(plan)}"
     )
+
+
+def _batches(plan: PlanFacts) -> str:
+    """Batch sizes of the stages, first to last: ``2, then 32 rows``."""
+    sizes = [stage.rows for stage in plan.stages]
+    return ", then ".join(map(str, sizes)) + " row" + "s" * (sizes[-1] != 1)
+
+
+def _weights(texts: Sequence[str]) -> dict[str, float]:
+    """Read ``TENANT=WEIGHT``.
+
+    Raises:
+        UsageError: one is something else.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, separator, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not separator or not 0 < weight < float("inf"):
+            raise UsageError(
+                f"--tenant-weight {text!r}: write TENANT=WEIGHT with a weight above 0, such as "
+                "gold=3"
+            )
+        found[name] = weight
+    return found
 
 
 def _catch_signals(stop: asyncio.Event) -> None:

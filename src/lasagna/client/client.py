@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 import httpx
 from numpy.typing import ArrayLike
 
-from lasagna.client.flow import Ask, Flow, Reply, Session, Trust
+from lasagna.client.flow import Ask, Flow, Reply, Session, Trust, Wish
 from lasagna.client.sealing import Array
 from lasagna.errors import ServiceError, UsageError
 from lasagna.gateway.metadata import ModelMetadata
@@ -62,32 +62,47 @@ class Client:
             transport: how to send; httpx's own if None.
 
         Raises:
-            UsageError: the URL or a key is not one.
+            UsageError: the URL, a key or the timeout is not one.
         """
         self._session = _session(policy, brokers, digests, insecure_allow_emulated, timeout_s)
         self._http = httpx.Client(
             base_url=_checked_url(url), timeout=timeout_s, headers=_PLAIN, transport=transport
         )
 
-    def infer(self, model: str, inputs: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        tenant: str = "",
+    ) -> dict[str, Array]:
         """Run a model.
 
         Args:
             model: its name.
             inputs: arrays by the name of the input, each of shape [rows, ...] and of exactly the
                 element type that the model takes.
+            priority: as Triton counts: 1 goes first, 9 last, 0 is the default (the same as 5).
+            timeout_s: seconds after which the answer is worth nothing; a server that can't keep
+                to it refuses at once. The client's own if None. What verifying the enclave takes
+                before the first request is not in it.
+            tenant: whose request it is, where no proxy in front of the server says that.
 
         Returns:
             Arrays by the name of the output, each of shape [rows, ...].
 
         Raises:
+            UsageError: priority, timeout or tenant can't be; nothing was sent.
             InvalidInputError: an input's name, shape or element type is wrong; nothing was sent.
             EvidenceError: the server is not an enclave that the policy allows; nothing was sent.
             RecordError: the answer was changed on its way.
             OverloadedError: the server asks to try again later.
             ServiceError: the server answers with an error, or not at all (status 0).
         """
-        return self._run(self._session.infer(model, inputs))
+        wish = Wish(priority=priority, timeout_s=timeout_s, tenant=tenant)
+        return self._run(self._session.infer(model, inputs, wish))
 
     def metadata(self, model: str) -> ModelMetadata:
         """The server's word for a model's inputs and outputs; nothing is verified.
@@ -146,7 +161,11 @@ class Client:
     def _send(self, ask: Ask) -> Reply:
         try:
             with self._http.stream(
-                ask.method, ask.path, content=bytes(ask.body) or None, headers=ask.headers
+                ask.method,
+                ask.path,
+                content=bytes(ask.body) or None,
+                headers=ask.headers,
+                timeout=self._http.timeout if ask.timeout_s is None else ask.timeout_s,
             ) as answer:
                 body = bytearray()
                 for part in answer.iter_raw():
@@ -177,9 +196,18 @@ class AsyncClient:
             base_url=_checked_url(url), timeout=timeout_s, headers=_PLAIN, transport=transport
         )
 
-    async def infer(self, model: str, inputs: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        tenant: str = "",
+    ) -> dict[str, Array]:
         """Run a model; see ``Client.infer``."""
-        return await self._run(self._session.infer(model, inputs))
+        wish = Wish(priority=priority, timeout_s=timeout_s, tenant=tenant)
+        return await self._run(self._session.infer(model, inputs, wish))
 
     async def metadata(self, model: str) -> ModelMetadata:
         """The server's word for a model; see ``Client.metadata``."""
@@ -221,7 +249,11 @@ class AsyncClient:
     async def _send(self, ask: Ask) -> Reply:
         try:
             async with self._http.stream(
-                ask.method, ask.path, content=bytes(ask.body) or None, headers=ask.headers
+                ask.method,
+                ask.path,
+                content=bytes(ask.body) or None,
+                headers=ask.headers,
+                timeout=self._http.timeout if ask.timeout_s is None else ask.timeout_s,
             ) as answer:
                 body = bytearray()
                 async for part in answer.aiter_raw():

@@ -28,9 +28,16 @@ import msgspec
 from numpy.typing import ArrayLike
 
 from lasagna.client.sealing import Array, Entropy, Service, seal_call
-from lasagna.errors import EvidenceError, InvalidInputError, OverloadedError, ServiceError
+from lasagna.errors import (
+    EvidenceError,
+    InvalidInputError,
+    OverloadedError,
+    ServiceError,
+    UsageError,
+)
 from lasagna.gateway.metadata import ModelMetadata
-from lasagna.gateway.tensors import HEADER_LENGTH
+from lasagna.gateway.service_class import PRIORITY, TENANT, TIMEOUT, check_tenant, priority_of
+from lasagna.gateway.tensors import HEADER_LENGTH, Parameter
 from lasagna.trust.evidence import MAX_ATTESTED_BYTES, decode_attested
 from lasagna.trust.policy import Policy
 from lasagna.trust.verifier import UnixSeconds, verify_service
@@ -43,6 +50,7 @@ _UNAVAILABLE: Final = 503
 _MAX_METADATA: Final = MIB
 _NONCE_BYTES: Final = 32
 _SHOWN: Final = 2000
+_MAX_TIMEOUT_S: Final = 1e6
 _T = TypeVar("_T")
 
 
@@ -56,6 +64,7 @@ class Ask:
         limit: bytes of the answer's body that are read at most.
         body: to send.
         headers: to send.
+        timeout_s: seconds to wait for the answer; None for as long as the client always does.
     """
 
     method: str
@@ -63,6 +72,7 @@ class Ask:
     limit: int
     body: bytes | bytearray = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,48 @@ class Trust:
     insecure_allow_emulated: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """How a request would like to be served; the server reads it, and may believe it.
+
+    Attributes:
+        priority: as Triton counts: 1 goes first, 9 last, 0 is the default (the same as 5).
+        timeout_s: seconds from its arrival at the server after which nobody waits for the answer;
+            a server that can't keep to it refuses at once. None for the client's own.
+        tenant: whose request it is; a proxy between may know better.
+    """
+
+    priority: int = 0
+    timeout_s: float | None = None
+    tenant: str = ""
+
+    def check(self) -> None:
+        """See that a server would take it.
+
+        Raises:
+            UsageError: with the first thing found wrong.
+        """
+        try:
+            priority_of(self.priority)
+            check_tenant(self.tenant)
+        except InvalidInputError as error:
+            raise UsageError(str(error)) from None
+        if self.timeout_s is not None:
+            check_timeout(self.timeout_s)
+
+
+def check_timeout(timeout_s: float) -> None:
+    """See that it is a time to wait.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise UsageError(
+            f"a timeout is more than 0 and at most {_MAX_TIMEOUT_S:,.0f} seconds, not {timeout_s:g}"
+        )
+
+
 class Session:
     """What a client knows of one server, and the flows that use it."""
 
@@ -108,7 +160,11 @@ class Session:
             entropy: ``os.urandom``.
             now: the time.
             timeout_s: told to the server, so that it doesn't work for nobody.
+
+        Raises:
+            UsageError: the timeout is not one.
         """
+        check_timeout(timeout_s)
         self._trust = trust
         self._entropy = entropy
         self._now = now
@@ -168,35 +224,43 @@ class Session:
         self._services[model] = service
         return service
 
-    def infer(self, model: str, inputs: Mapping[str, ArrayLike]) -> Flow[dict[str, Array]]:
+    def infer(
+        self, model: str, inputs: Mapping[str, ArrayLike], wish: Wish | None = None
+    ) -> Flow[dict[str, Array]]:
         """All steps."""
+        wish = wish or Wish()
+        wish.check()
         known = self._services.get(model)
         if known is None:
             service = yield from self.verify(model)
-            return (yield from self._send(model, service, inputs))
+            return (yield from self._send(model, service, inputs, wish))
         try:
-            return (yield from self._send(model, known, inputs))
+            return (yield from self._send(model, known, inputs, wish))
         except (InvalidInputError, ServiceError) as error:
             if isinstance(error, ServiceError) and error.status not in _OUTDATED:
                 raise
             service = yield from self.verify(model)
             if service == known:
                 raise
-        return (yield from self._send(model, service, inputs))
+        return (yield from self._send(model, service, inputs, wish))
 
     def _send(
-        self, model: str, service: Service, inputs: Mapping[str, ArrayLike]
+        self, model: str, service: Service, inputs: Mapping[str, ArrayLike], wish: Wish
     ) -> Flow[dict[str, Array]]:
         # 4. Check, seal, send, open.
-        call = seal_call(
-            service, inputs, self._entropy, {"timeout": int(self._timeout_s * 1_000_000)}
-        )
+        timeout_s = self._timeout_s if wish.timeout_s is None else wish.timeout_s
+        parameters: dict[str, Parameter] = {TIMEOUT: max(1, round(timeout_s * 1_000_000))}
+        if wish.priority:
+            parameters[PRIORITY] = wish.priority
+        call = seal_call(service, inputs, self._entropy, parameters)
         headers = {
             HEADER_LENGTH: str(call.json_bytes),
             "Content-Type": "application/octet-stream",
         }
+        if wish.tenant:
+            headers[TENANT] = wish.tenant
         path = _path(model) + "/infer"
-        reply = yield Ask("POST", path, call.answer_limit, call.body, headers)
+        reply = yield Ask("POST", path, call.answer_limit, call.body, headers, timeout_s)
         _require_ok(reply)
         length = reply.headers.get(HEADER_LENGTH.lower(), "")
         json_bytes = int(length[:12]) if length.isascii() and length.isdecimal() else None

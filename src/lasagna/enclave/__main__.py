@@ -10,7 +10,7 @@ import sys
 import threading
 from typing import Final, NoReturn
 
-from lasagna.enclave.messages import DEFAULT_FRAME_LIMIT
+from lasagna.enclave.frames import DEFAULT_FRAME_LIMIT
 from lasagna.enclave.service import Enclave, Limits
 from lasagna.errors import LasagnaError
 from lasagna.trust.evidence import InsecureEmulatedQuoter

@@ -1,40 +1,26 @@
-"""What host and enclave say to each other over their socket.
+"""What host and enclave say to each other over their socket; ``frames`` has it as bytes.
 
-A frame is a little-endian u32 length and that many bytes of MessagePack: one ``Command`` (host to
-enclave) or one ``Reply`` (enclave to host). A reply carries the ``id`` of its command; replies may
-come in another order than the commands. The enclave speaks first, with ``Hello``.
+One ``Command`` goes from host to enclave, one ``Reply`` comes back, with the ``id`` of its command;
+replies may come in another order than the commands. The enclave speaks first, with ``Hello``.
 
-Everything here is public to the host: ids, sizes, times, sealed bytes. The enclave treats what
-comes in as hostile: lengths are limited before anything is decoded, and types are checked.
+Everything here is public to the host: ids, sizes, times, sealed bytes.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-from lasagna.errors import (
-    BudgetError,
-    EnclaveError,
-    InvalidInputError,
-    LasagnaError,
-    ModelNotFoundError,
-    PackageError,
-    ProtocolError,
-    TrustError,
-)
-from lasagna.units import MIB
+from lasagna.package.forms import Form
 
-LENGTH: Final = struct.Struct("<I")
-PROTOCOL_VERSION: Final = 1
-DEFAULT_FRAME_LIMIT: Final = 256 * MIB
+PROTOCOL_VERSION: Final = 2
 
 _Id = Annotated[int, Meta(ge=0, le=2**53)]
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+_Rows = Annotated[int, Meta(ge=1, le=4096)]
 _Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
@@ -42,9 +28,26 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     id: _Id
 
 
-class Attest(_Message, frozen=True, tag="attest"):
-    """Ask for evidence that binds the service's public key to this enclave. Reply: Attested."""
+class SealedRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client or another enclave sealed of one request.
 
+    Attributes:
+        request_id: the client's, bound into every record.
+        capsule: the request's keys for this service.
+        rows: of the whole request.
+        records: one for every row of every input (or tensor at the cut).
+    """
+
+    request_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    capsule: Annotated[bytes, Meta(max_length=4096)]
+    rows: Annotated[int, Meta(ge=1, le=4096)]
+    records: tuple[tuple[memoryview, ...], ...]
+
+
+class Attest(_Message, frozen=True, tag="attest"):
+    """Ask for evidence that binds a model's service to this enclave. Reply: Attested."""
+
+    model: _Digest
     nonce: bytes | None = None
 
 
@@ -55,39 +58,123 @@ class RequestKeys(_Message, frozen=True, tag="request-keys"):
 
 
 class Load(_Message, frozen=True, tag="load"):
-    """Make the package of the last RequestKeys ready to run. Reply: Loaded.
+    """Take the keys of the last RequestKeys, and with them the model. Reply: Loaded.
 
-    ``max_batch`` is a wish: the plan takes the largest batch up to it that fits the budget.
-    Without ``pin`` every slice is streamed, which takes the least memory. ``vanilla`` is the
-    baseline: an ordinary session of the whole model, whatever memory it takes.
+    The model can run when an Arrange has given it memory.
     """
 
     grant: bytes
-    max_batch: Annotated[int, Meta(ge=1, le=4096)]
-    pin: bool = True
-    vanilla: bool = False
 
 
-class SealedRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request: its capsule, and a record for every row of every input (or live tensor)."""
+class Unload(_Message, frozen=True, tag="unload"):
+    """Forget a model and its keys; it must not be in the arrangement. Reply: Done."""
 
-    request_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    capsule: Annotated[bytes, Meta(max_length=4096)]
-    rows: Annotated[int, Meta(ge=1, le=4096)]
-    records: tuple[tuple[memoryview, ...], ...]
+    model: _Digest
 
 
-class Infer(_Message, frozen=True, tag="infer"):
-    """Run slices first..last (exclusive) on rows of some requests, as one batch. Reply: Inferred.
+class StageWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Slices ``first`` to ``last``, exclusive, of up to ``rows`` rows at once.
 
-    With ``first`` > 0 the records are the activations that cross that cut; with ``last`` below the
-    number of slices, activations come back. 0 for ``last`` means to the end.
+    ``held_rows`` may be at the cut before it, in enclave memory; 0 for the first stage, whose rows
+    come in sealed.
+    """
+
+    first: Annotated[int, Meta(ge=0, le=2**20)]
+    last: Annotated[int, Meta(ge=1, le=2**20)]
+    rows: _Rows
+    held_rows: Annotated[int, Meta(ge=0, le=2**16)]
+
+
+class ModelWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one model is to be run.
+
+    ``pinned`` are slices to keep from the start; other forms than ``sliced`` have one, which is
+    always kept.
     """
 
     model: _Digest
-    requests: Annotated[tuple[SealedRows, ...], Meta(min_length=1, max_length=4096)]
-    first: Annotated[int, Meta(ge=0, le=2**20)] = 0
-    last: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    form: Form
+    stages: Annotated[tuple[StageWish, ...], Meta(min_length=1, max_length=4096)]
+    pinned: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**20)], ...], Meta(max_length=2**20)] = ()
+
+
+class Arrange(_Message, frozen=True, tag="arrange"):
+    """Divide the memory among these models. Reply: Arranged.
+
+    Nothing may be in the enclave. All sizes in bytes. Models that are not named get no memory.
+
+    Attributes:
+        models: to serve.
+        ring_slots: for weights that are streamed, each of slot_bytes.
+        input_slots: for opened inputs of runs that wait; 0 to open them when the run begins.
+        input_bytes: of such a slot.
+        activation_bytes: of one compute thread.
+        workspace_bytes: of ONNX Runtime's arena, for all compute threads.
+    """
+
+    models: Annotated[tuple[ModelWish, ...], Meta(max_length=1024)]
+    ring_slots: Annotated[int, Meta(ge=0, le=64)]
+    slot_bytes: _Count
+    input_slots: Annotated[int, Meta(ge=0, le=256)]
+    input_bytes: _Count
+    activation_bytes: _Count
+    workspace_bytes: _Count
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows ``first`` to ``first + count`` of one request, in a run.
+
+    Attributes:
+        request: the host's number for it, in this enclave's life.
+        first: row, and count: of rows that run.
+        sealed: where the rows come in sealed; else they stand at the cut before the run.
+    """
+
+    request: _Id
+    first: Annotated[int, Meta(ge=0, le=4095)]
+    count: _Rows
+    sealed: SealedRows | None = None
+
+
+class Run(_Message, frozen=True, tag="run"):
+    """Run slices first..last (exclusive) on rows of some requests, as one batch. Reply: Ran.
+
+    With ``keep`` the rows stay at the cut before ``last``, for a later run; else they come back
+    sealed, as outputs or, before the model's end, as activations for another enclave. ``first`` > 0
+    with sealed rows goes on from such activations.
+    """
+
+    model: _Digest
+    first: Annotated[int, Meta(ge=0, le=2**20)]
+    last: Annotated[int, Meta(ge=1, le=2**20)]
+    parts: Annotated[tuple[Part, ...], Meta(min_length=1, max_length=4096)]
+    keep: bool = False
+
+
+class Forget(_Message, frozen=True, tag="forget"):
+    """Free what is here of a request. Reply: Done."""
+
+    request: _Id
+
+
+class Pin(_Message, frozen=True, tag="pin"):
+    """Load a slice into memory of its own and keep it. Reply: Done."""
+
+    model: _Digest
+    slice: Annotated[int, Meta(ge=0, le=2**20)]
+
+
+class Unpin(_Message, frozen=True, tag="unpin"):
+    """Give up a pinned slice's memory, as soon as no run uses it. Reply: Done."""
+
+    model: _Digest
+    slice: Annotated[int, Meta(ge=0, le=2**20)]
+
+
+class TakeSpans(_Message, frozen=True, tag="take-spans"):
+    """Hand over what was recorded since the last time, and go on or stop. Reply: Spans."""
+
+    record: bool
 
 
 class GetStats(_Message, frozen=True, tag="get-stats"):
@@ -98,7 +185,20 @@ class Stop(_Message, frozen=True, tag="stop"):
     """Finish what runs, then exit. Reply: Stopped."""
 
 
-Command: TypeAlias = Attest | RequestKeys | Load | Infer | GetStats | Stop
+Command: TypeAlias = (
+    Attest
+    | RequestKeys
+    | Load
+    | Unload
+    | Arrange
+    | Run
+    | Forget
+    | Pin
+    | Unpin
+    | TakeSpans
+    | GetStats
+    | Stop
+)
 
 
 class Hello(_Message, frozen=True, tag="hello"):
@@ -129,41 +229,28 @@ class KeysRequested(_Message, frozen=True, tag="keys-requested"):
     name: str
 
 
-class PlanFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a model was fitted into the budget. All sizes in bytes."""
-
-    variant: str
-    slices: int
-    pinned_slices: tuple[int, ...]
-    weight_bytes: _Count
-    pinned_bytes: _Count
-    ring_slots: int
-    slot_bytes: _Count
-    activation_bytes: _Count
-    """For all compute threads together."""
-    input_bytes: _Count
-    """Staging memory for inputs of requests that wait; 0 when inputs go to the activations."""
-    staging_bytes: _Count
-    """Ciphertext on its way to be decrypted."""
-    workspace_bytes: _Count
-    session_bytes: _Count
-    """Room for weights that sessions hold packed, for all compute threads; 0 where they don't."""
-    max_batch: int
-    sessions: int
-    total_bytes: _Count
-
-
 class Loaded(_Message, frozen=True, tag="loaded"):
-    """The model is ready."""
+    """The model's keys and description are here. ``variant`` is what runs on this processor."""
 
     model: _Digest
     name: str
-    plan: PlanFacts
+    variant: str
     load_s: float
 
 
-class InferResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Records by output (or live tensor) and row; or an error of one request of the batch."""
+class Arranged(_Message, frozen=True, tag="arranged"):
+    """Every model of the arrangement can run. ``pool_bytes`` are handed out now."""
+
+    pool_bytes: _Count
+    arrange_s: float
+
+
+class Done(_Message, frozen=True, tag="done"):
+    """A command without a result was carried out."""
+
+
+class PartResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Records by output (or tensor at the cut) and row; or an error of this request alone."""
 
     records: tuple[tuple[bytes, ...], ...] = ()
     error: str = ""
@@ -171,46 +258,84 @@ class InferResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds spent on one Infer, each counted once.
+    """Seconds spent on one Run, each counted once.
 
     ``wait_s`` is for a compute thread, ``stall_s`` for weights that were not there yet, on the
-    thread that ran it.
+    thread that ran it; ``copy_s`` from and to the cuts. ``load_bytes`` were decrypted by all
+    threads in ``load_s`` since the last reply.
     """
 
     open_s: float
     wait_s: float
     compute_s: float
     stall_s: float
+    copy_s: float
     seal_s: float
+    load_bytes: _Count
+    load_s: float
 
 
-class Inferred(_Message, frozen=True, tag="inferred"):
-    """Results in the order of the requests."""
+class Ran(_Message, frozen=True, tag="ran"):
+    """Results in the order of the parts."""
 
-    results: tuple[InferResult, ...]
+    results: tuple[PartResult, ...]
     timings: Timings
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What a thread did from ``begin_s`` to ``end_s``, in seconds of the system's steady clock.
+
+    Attributes:
+        thread: ``compute 0``, ``loader`` or ``main``.
+        kind: ``open``, ``load``, ``stall``, ``compute``, ``gather``, ``seal`` or ``pin``.
+        begin_s: from, end_s: to.
+        model: its digest.
+        slice: number, or -1.
+        rows: of the batch, or 0.
+        run: id of the Run command, or 0.
+    """
+
+    thread: str
+    kind: str
+    begin_s: float
+    end_s: float
+    model: _Digest
+    slice: int
+    rows: int
+    run: _Id
+
+
+class Spans(_Message, frozen=True, tag="spans"):
+    """What was recorded, by time of its end; ``lost`` were too many to keep."""
+
+    spans: tuple[Span, ...]
+    lost: _Count
 
 
 class Stats(_Message, frozen=True, tag="stats"):
     """Counters since the enclave started. Times in seconds, of all threads; sizes in bytes.
 
-    ``pool_high_water`` is what was handed out of the pool (see ``enclave.pool.Pool``), not what is
-    resident.
+    ``pool_bytes`` and ``pool_high_water`` are what is and was handed out of the pool (see
+    ``enclave.pool.Pool``), not what is resident.
     """
 
     pool_bytes: _Count
     pool_high_water: _Count
     workspace_bytes: _Count
     entries: _Count
-    requests: _Count
+    runs: _Count
     rows: _Count
+    """That reached a model's end, or left for another enclave."""
     slice_runs: _Count
+    row_slices: _Count
+    """Tasks: slices times rows."""
     loads: _Count
     loaded_bytes: _Count
     load_s: float
     compute_s: float
     stall_s: float
     open_s: float
+    copy_s: float
     seal_s: float
 
 
@@ -225,72 +350,16 @@ class Failed(_Message, frozen=True, tag="failed"):
     message: str
 
 
-Reply: TypeAlias = Hello | Attested | KeysRequested | Loaded | Inferred | Stats | Stopped | Failed
-
-ERRORS: Final[dict[str, type[LasagnaError]]] = {
-    error.__name__: error
-    for error in (
-        BudgetError,
-        EnclaveError,
-        InvalidInputError,
-        ModelNotFoundError,
-        PackageError,
-        ProtocolError,
-        TrustError,
-    )
-}
-
-_COMMANDS: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(Command)
-_REPLIES: Final[msgspec.msgpack.Decoder[Reply]] = msgspec.msgpack.Decoder(Reply)
-_ENCODER: Final = msgspec.msgpack.Encoder()
-_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for malformed input; it does not wrap errors of UTF-8 in field names."""
-
-
-def error_kind(error: LasagnaError) -> str:
-    """The nearest class of ``ERRORS`` for an error that goes over the socket."""
-    return next((c.__name__ for c in type(error).__mro__ if c.__name__ in ERRORS), "EnclaveError")
-
-
-def encode_frame(message: Command | Reply) -> bytearray:
-    """A message with its length in front."""
-    frame = bytearray(LENGTH.size)
-    _ENCODER.encode_into(message, frame, LENGTH.size)
-    LENGTH.pack_into(frame, 0, len(frame) - LENGTH.size)
-    return frame
-
-
-def frame_length(head: bytes | bytearray, limit: int) -> int:
-    """The length that a frame announces.
-
-    Raises:
-        ProtocolError: it exceeds the limit.
-    """
-    (length,) = LENGTH.unpack(head)
-    if length > limit:
-        raise ProtocolError(f"a frame of {length} bytes; the limit is {limit}")
-    return int(length)
-
-
-def decode_command(body: bytes | bytearray) -> Command:
-    """Parse a frame's body; records stay views of it.
-
-    Raises:
-        ProtocolError: it is not a command.
-    """
-    try:
-        return _COMMANDS.decode(body)
-    except _MALFORMED as error:
-        raise ProtocolError(f"malformed command: {error}") from None
-
-
-def decode_reply(body: bytes | bytearray) -> Reply:
-    """Parse a frame's body.
-
-    Raises:
-        ProtocolError: it is not a reply.
-    """
-    try:
-        return _REPLIES.decode(body)
-    except _MALFORMED as error:
-        raise ProtocolError(f"malformed reply: {error}") from None
+Reply: TypeAlias = (
+    Hello
+    | Attested
+    | KeysRequested
+    | Loaded
+    | Arranged
+    | Ran
+    | Spans
+    | Done
+    | Stats
+    | Stopped
+    | Failed
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from lasagna.enclave.messages import InferResult, SealedRows
+from lasagna.enclave.cuts import Owner
+from lasagna.enclave.messages import Part, PartResult, SealedRows
 from lasagna.enclave.pool import Memory
 from lasagna.errors import RecordError
 from lasagna.package.format import TensorSpec
@@ -15,91 +16,113 @@ from lasagna.trust.request import EnclaveRequestKeys, RequestScope, open_capsule
 
 
 class OpenRequest:
-    """One request inside the enclave: its keys, and where its rows stand in the batch.
+    """One request inside the enclave: its keys.
 
     Attributes:
-        rows: how many.
-        first_row: its first row in the batch.
+        owner: of its rows at cuts.
+        request_id: the client's.
+        model: digest of the model that it is for.
+        rows: of the whole request.
+        left: rows that have not left the enclave.
     """
 
     def __init__(
-        self, sealed: SealedRows, service: ServiceKeys, model_digest: bytes, variant: str
+        self, number: int, sealed: SealedRows, service: ServiceKeys, model_digest: bytes
     ) -> None:
-        """Open the capsule.
+        """Open the capsule of the request that the host gives this number.
 
         Raises:
             RecordError: it is for another service, model or request, or was changed.
         """
+        self.owner = Owner(number)
+        self.request_id = sealed.request_id
+        self.model = model_digest
         self.rows = sealed.rows
-        self.first_row = 0
-        self._variant = variant
-        self._records = sealed.records
+        self.left = sealed.rows
         self._scope = RequestScope(
             service_id=service.service_id, model_digest=model_digest, request_id=sealed.request_id
         )
         self._keys: EnclaveRequestKeys = open_capsule(service, self._scope, sealed.capsule)
 
     def open_into(
-        self, specs: Sequence[TensorSpec], places: Sequence[Memory], first_row: int, cut: int
+        self,
+        part: Part,
+        sealed: SealedRows,
+        specs: Sequence[TensorSpec],
+        places: Sequence[Memory],
+        at: int,
+        cut: tuple[str, int],
     ) -> None:
-        """Decrypt every row of every tensor to its place in the batch.
+        """Decrypt rows of every tensor to their places in the batch.
 
         Args:
-            specs: the tensors that cross the cut; the model's inputs when ``cut`` is 0.
+            part: which rows.
+            sealed: their records.
+            specs: the tensors that cross the cut; the model's inputs at cut 0.
             places: memory of each tensor for the whole batch.
-            first_row: where this request's rows begin.
-            cut: number of the cut.
+            at: where these rows begin in the batch.
+            cut: name of the variant that they were made in, and number of the cut.
 
         Raises:
             RecordError: a record is missing, or does not open here.
         """
-        if len(self._records) != len(specs):
-            raise RecordError(f"{len(self._records)} tensors were sent, {len(specs)} are needed")
-        self.first_row = first_row
-        key = self._keys.activation if cut else self._keys.input
-        for index, records in enumerate(self._records):
+        if len(sealed.records) != len(specs):
+            raise RecordError(f"{len(sealed.records)} tensors were sent, {len(specs)} are needed")
+        variant, number = cut
+        key = self._keys.activation if number else self._keys.input
+        for index, records in enumerate(sealed.records):
             spec, place = specs[index], places[index]
-            if len(records) != self.rows:
-                which = f"tensor {index} at cut {cut}" if cut else f"input {spec.name!r}"
-                raise RecordError(f"{which} has {len(records)} records for {self.rows} rows")
-            context = self._context(spec, Direction.ACTIVATION if cut else Direction.INPUT, cut)
+            if len(records) != part.count:
+                which = f"tensor {index} at cut {number}" if number else f"input {spec.name!r}"
+                raise RecordError(f"{which} has {len(records)} records for {part.count} rows")
+            direction = Direction.ACTIVATION if number else Direction.INPUT
+            context = self._context(spec, direction, variant, number)
             size = spec.row_bytes
             for row, record in enumerate(records):
-                start = (first_row + row) * size
-                open_record_into(key, context, row, record, place[start : start + size].data)
-        self._records = ()
+                start = (at + row) * size
+                out = place[start : start + size].data
+                open_record_into(key, context, part.first + row, record, out)
 
     def seal(
-        self, specs: Sequence[TensorSpec], places: Sequence[Memory], cut: int | None
-    ) -> InferResult:
-        """Encrypt this request's rows of some tensors.
+        self,
+        part: Part,
+        specs: Sequence[TensorSpec],
+        places: Sequence[Memory],
+        at: int,
+        cut: tuple[str, int] | None,
+    ) -> PartResult:
+        """Encrypt rows of some tensors.
 
         Args:
+            part: which rows.
             specs: the model's outputs, or the tensors that cross the cut.
             places: their memory for the whole batch.
-            cut: number of the cut, or None at the model's end.
+            at: where these rows begin in the batch.
+            cut: name of the variant and number of the cut, or None at the model's end.
         """
-        end = cut is None
-        key = self._keys.output if end else self._keys.activation
+        variant, number = cut or ("", 0)
+        direction = Direction.ACTIVATION if cut else Direction.OUTPUT
+        key = self._keys.activation if cut else self._keys.output
         sealed = []
         for spec, place in zip(specs, places, strict=True):
-            direction = Direction.OUTPUT if end else Direction.ACTIVATION
-            context = self._context(spec, direction, cut or 0)
+            context = self._context(spec, direction, variant, number)
             size, rows = spec.row_bytes, []
-            for row in range(self.rows):
-                start = (self.first_row + row) * size
+            for row in range(part.count):
+                start = (at + row) * size
                 plain = place[start : start + size].data
-                rows.append(seal_record(key, context, row, plain, os.urandom(12)))
+                rows.append(seal_record(key, context, part.first + row, plain, os.urandom(12)))
             sealed.append(tuple(rows))
-        return InferResult(records=tuple(sealed))
+        return PartResult(records=tuple(sealed))
 
-    def _context(self, spec: TensorSpec, direction: Direction, cut: int) -> RecordContext:
+    def _context(
+        self, spec: TensorSpec, direction: Direction, variant: str, cut: int
+    ) -> RecordContext:
         inner = direction is Direction.ACTIVATION
         return RecordContext.of(
             self._scope,
             direction,
             spec,
             self.rows,
-            variant=self._variant if inner else "",
+            variant=variant if inner else "",
             boundary=cut if inner else 0,
         )

@@ -1,8 +1,8 @@
 """The enclave's threads and what each does.
 
-The main thread reads commands, opens requests into waiting input slots and hands them on; so
-opening one request overlaps with computing another. Each compute thread runs one batch at a time
-and sends the answer. The loader thread decrypts weights ahead. No thread is started later.
+The main thread reads commands, opens requests into waiting input slots and hands runs on; so
+opening one overlaps with computing another. Each compute thread carries out one run at a time and
+sends the answer. The loader thread decrypts weights ahead; a new one starts with every arrangement.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from lasagna.enclave import frames
 from lasagna.enclave import messages as m
-from lasagna.enclave.executor import Job, run_job
-from lasagna.enclave.model import Lane, Model, prepare_model
-from lasagna.enclave.pool import Memory, Pool
-from lasagna.enclave.records import OpenRequest
+from lasagna.enclave.arrangement import Arrangement, Sessions, arrange
+from lasagna.enclave.counters import Counters
+from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
+from lasagna.enclave.model import LoadedModel, Model
+from lasagna.enclave.pool import Memory
 from lasagna.enclave.sessions import native_block
+from lasagna.enclave.spans import Recorder
 from lasagna.errors import (
     EnclaveError,
     InvalidInputError,
     LasagnaError,
     ModelNotFoundError,
-    TrustError,
 )
+from lasagna.package.forms import Form, choose_variant
 from lasagna.package.reader import OpenPackage, Package
 from lasagna.trust.evidence import Quoter, attest
-from lasagna.trust.keys import ServiceKeys, service_keys
-from lasagna.trust.records import require_record_budget
-from lasagna.trust.release import PendingKeyRequest, Released, make_key_request, open_grant
+from lasagna.trust.keys import service_keys
+from lasagna.trust.release import PendingKeyRequest, make_key_request, open_grant
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +64,18 @@ class Enclave:
         self._block = native_block()
         self._sending = threading.Lock()
         self._pending: tuple[Package, PendingKeyRequest] | None = None
-        self._released: Released | None = None
-        self._service: ServiceKeys | None = None
-        self._model: Model | None = None
-        self._pool: Pool | None = None
+        self._models: dict[bytes, LoadedModel] = {}
+        self._sessions = Sessions(limits.intra_op_threads)
+        self._recorder = Recorder()
+        self._requests = Requests()
+        self._arrangement: Arrangement | None = None
         self._jobs: queue.Queue[Job | None] = queue.Queue()
-        self._free_slots: queue.Queue[list[Memory]] = queue.Queue()
-        self._counting = threading.Lock()
-        self._entries = self._requests = self._rows = self._slice_runs = 0
-        self._compute_s = self._open_s = self._seal_s = 0.0
-        self._threads: list[threading.Thread] = []
+        self._free_slots: queue.Queue[Memory] = queue.Queue()
+        self._inside = 0
+        self._emptied = threading.Condition()
+        self._counters = Counters()
+        self._loader: threading.Thread | None = None
+        self._lanes: list[threading.Thread] = []
 
     def serve(self) -> None:
         """Answer commands until Stop or the end of the connection.
@@ -90,9 +94,15 @@ class Enclave:
                 insecure_emulated=True,
             )
         )
+        for number in range(self._limits.threads):
+            thread = threading.Thread(
+                target=self._compute, args=(number,), name="compute", daemon=True
+            )
+            self._lanes.append(thread)
+            thread.start()
         try:
             while (body := self._receive()) is not None:
-                command = m.decode_command(body)
+                command = frames.decode_command(body)
                 if isinstance(command, m.Stop):
                     self._join()
                     self._send(m.Stopped(command.id))
@@ -100,31 +110,50 @@ class Enclave:
                 try:
                     self._carry_out(command)
                 except LasagnaError as error:
-                    self._send(m.Failed(command.id, m.error_kind(error), str(error)))
+                    self._fail(command.id, error)
         finally:
             self._join()
 
     def _carry_out(self, command: m.Command) -> None:
-        with self._counting:
-            self._entries += 1
+        self._counters.entries += 1
         match command:
-            case m.Infer():
+            case m.Run():
                 self._enqueue(command)
+            case m.Forget():
+                self._forget(command)
+            case m.Pin() | m.Unpin():
+                self._move(command)
             case m.Attest():
-                if self._released is None:
-                    raise TrustError("no model is loaded yet, so there is no key to attest")
-                document = attest(self._released.service_claims(command.nonce), self._quoter)
+                released = self._loaded(command.model).released
+                document = attest(released.service_claims(command.nonce), self._quoter)
                 self._send(m.Attested(command.id, document))
             case m.RequestKeys():
                 self._send(self._request_keys(command))
             case m.Load():
                 self._send(self._load(command))
+            case m.Unload():
+                self._unload(command)
+            case m.Arrange():
+                self._send(self._arrange(command))
+            case m.TakeSpans():
+                spans, lost = self._recorder.take(record=command.record)
+                self._send(m.Spans(command.id, spans, lost))
             case m.GetStats():
                 self._send(self._stats(command.id))
             case m.Stop():
                 raise AssertionError("handled by serve")
 
+    # Models.
+
+    def _loaded(self, digest: bytes) -> LoadedModel:
+        loaded = self._models.get(digest)
+        if loaded is None:
+            raise ModelNotFoundError(f"no model {digest.hex()[:16]} is loaded here")
+        return loaded
+
     def _request_keys(self, command: m.RequestKeys) -> m.KeysRequested:
+        if "\0" in command.path:
+            raise InvalidInputError("a path has no NUL in it")
         package = Package(Path(command.path))
         pending = make_key_request(package.manifest.package_id, self._quoter)
         self._pending = (package, pending)
@@ -135,164 +164,179 @@ class Enclave:
     def _load(self, command: m.Load) -> m.Loaded:
         if self._pending is None:
             raise EnclaveError("Load needs a RequestKeys before it")
-        if self._model is not None:
-            raise EnclaveError("this enclave holds a model already")
         package, pending = self._pending
         self._pending = None
         start = time.perf_counter()
+        if package.model_digest in self._models:
+            raise EnclaveError(f"model {package.manifest.name!r} is loaded already")
         released = open_grant(pending, command.grant)
         keys = released.bundle.model
         package.verify_signature(keys.owner_public_key)
         opened = OpenPackage(package, keys.content_key.reveal())
-        model, pool = prepare_model(
+        variant = choose_variant(package.manifest.variants, self._block)
+        model = LoadedModel(
+            package.model_digest,
+            package.manifest.name,
             opened,
-            block=self._block,
+            variant,
+            opened.details(variant),
+            released,
+            service_keys(released.bundle.service_secret),
+        )
+        self._models[model.digest] = model
+        took_s = time.perf_counter() - start
+        return m.Loaded(command.id, model.digest, model.name, variant.name, took_s)
+
+    def _unload(self, command: m.Unload) -> None:
+        loaded = self._loaded(command.model)
+        if self._arrangement is not None and command.model in self._arrangement.models:
+            raise EnclaveError(f"model {loaded.name!r} is in the arrangement")
+        del self._models[command.model]
+        self._sessions.forget(command.model)
+        self._requests.forget_model(command.model)
+        loaded.package.package.close()
+        self._send(m.Done(command.id))
+
+    # Memory.
+
+    def _arrange(self, command: m.Arrange) -> m.Arranged:
+        start = time.perf_counter()
+        with self._emptied:
+            self._emptied.wait_for(lambda: self._inside == 0)
+        self._dissolve()
+        made = arrange(
+            command,
+            self._models,
+            self._sessions,
+            self._recorder,
             budget=self._limits.budget,
             threads=self._limits.threads,
-            intra_op_threads=self._limits.intra_op_threads,
-            max_batch=command.max_batch,
-            pin=command.pin,
-            vanilla=command.vanilla,
         )
-        self._released, self._service = released, service_keys(released.bundle.service_secret)
-        self._model, self._pool = model, pool
-        for slot in model.input_slots:
+        self._free_slots = queue.Queue()
+        for slot in made.input_slots:
             self._free_slots.put(slot)
-        self._start(model)
-        return m.Loaded(
-            command.id, model.digest, model.name, _facts(model), time.perf_counter() - start
-        )
+        self._loader = threading.Thread(target=made.weights.load_ahead, name="loader", daemon=True)
+        self._loader.start()
+        self._arrangement = made
+        return m.Arranged(command.id, made.pool.used, time.perf_counter() - start)
 
-    def _start(self, model: Model) -> None:
-        """All threads that there will ever be."""
-        loader = threading.Thread(target=model.store.load_ahead, name="loader", daemon=True)
-        lanes = [
-            threading.Thread(target=self._compute, args=(model, lane), name="compute", daemon=True)
-            for lane in model.lanes
-        ]
-        self._threads = [loader, *lanes]
-        for thread in self._threads:
-            thread.start()
+    def _dissolve(self) -> None:
+        """Give up the arrangement; nothing is inside."""
+        if self._arrangement is None or self._loader is None:
+            return
+        weights = self._arrangement.weights
+        weights.close()
+        self._loader.join()
+        self._counters.keep(weights)
+        self._free_slots = queue.Queue()
+        self._arrangement = self._loader = None
 
-    def _enqueue(self, command: m.Infer) -> None:
-        """Check an Infer, open its requests if there is room for that apart, and queue it."""
-        model, service = self._model, self._service
-        if model is None or service is None or model.digest != command.model:
-            raise ModelNotFoundError(f"no model {command.model.hex()[:16]} is loaded here")
-        count = len(model.variant.slices)
-        last = command.last or count
-        if not command.first < last <= count:
-            raise InvalidInputError(f"slices {command.first} to {last} of a model that has {count}")
-        rows = sum(request.rows for request in command.requests)
-        if rows > model.plan.max_batch:
+    def _arranged(self, digest: bytes) -> tuple[Arrangement, Model]:
+        arrangement = self._arrangement
+        model = arrangement.models.get(digest) if arrangement is not None else None
+        if arrangement is None or model is None:
+            raise ModelNotFoundError(f"model {self._loaded(digest).name!r} has no memory here")
+        return arrangement, model
+
+    def _move(self, command: m.Pin | m.Unpin) -> None:
+        arrangement, model = self._arranged(command.model)
+        if not command.slice < len(model.variant.slices):
             raise InvalidInputError(
-                f"{rows} rows in one batch; this plan allows {model.plan.max_batch}"
+                f"slice {command.slice} of a model that has {len(model.variant.slices)}"
             )
+        if model.form is not Form.SLICED:
+            raise InvalidInputError(f"model {model.loaded.name!r} is not in slices: it stays")
+
+        def done(error: LasagnaError | None) -> None:
+            if error is None:
+                self._send(m.Done(command.id))
+            else:
+                self._fail(command.id, error)
+
+        piece = model.base + command.slice
+        arrangement.weights.move(piece, pin=isinstance(command, m.Pin), done=done)
+
+    # Requests.
+
+    def _enqueue(self, command: m.Run) -> None:
+        """Check a run, open its rows if there is room for that apart, and queue it."""
+        arrangement, model = self._arranged(command.model)
+        rows = sum(part.count for part in command.parts)
+        slots = arrangement.input_slots
+        activations, inputs = arrangement.lanes[0].activations, slots[0] if slots else None
+        model.require(command.first, command.last, rows, activations, inputs)
+        if command.keep and command.last not in model.cuts:
+            raise InvalidInputError(f"no rows are kept at cut {command.last}")
+        sealed = {part.sealed is not None for part in command.parts}
+        if len(sealed) > 1 or (command.first == 0 and sealed == {False}):
+            raise InvalidInputError("rows of one run come all sealed, or all from a cut")
         start = time.perf_counter()
-        sealed_tensors = len(model.boundary(command.first)) + len(model.boundary(last))
-        requests: list[OpenRequest | m.InferResult] = []
-        for sealed in command.requests:
-            try:
-                require_record_budget(sealed.rows, sealed_tensors)
-                requests.append(OpenRequest(sealed, service, model.digest, model.variant.name))
-            except LasagnaError as error:
-                requests.append(_refused(error))
-        job = Job(command.id, command.first, last, requests)
-        if model.input_slots:
+        requests = open_requests(self._requests, command, model)
+        job = Job(command, arrangement, model, requests, rows)
+        if command.first == 0 and slots:
             job.inputs = self._free_slots.get()
-            if command.first == 0:
-                self._open(model, job, job.inputs)
-        job.open_s += time.perf_counter() - start
-        job.queued_at = time.perf_counter()
+            open_sealed(job, None)
+        job.queued_at = job.span("main", "open", start)
+        job.open_s += job.queued_at - start
+        job.course = arrangement.weights.announce(
+            model.base + command.first, model.base + command.last
+        )
+        with self._emptied:
+            self._inside += 1
         self._jobs.put(job)
 
-    def _open(self, model: Model, job: Job, places: list[Memory]) -> None:
-        """Bring the rows of every request that opens into memory, one after the other."""
-        cut = job.first
-        specs = list(model.inputs) if cut == 0 else model.specs(model.boundary(cut))
-        for index, request in enumerate(job.requests):
-            if isinstance(request, m.InferResult):
-                continue
-            try:
-                request.open_into(specs, places, job.rows, cut)
-            except LasagnaError as error:
-                job.requests[index] = _refused(error)
-            else:
-                job.rows += request.rows
-        job.opened = True
+    def _forget(self, command: m.Forget) -> None:
+        owner = self._requests.forget(command.request)
+        models = self._arrangement.models.values() if self._arrangement is not None else ()
+        for cut in (cut for model in models for cut in model.cuts.values()):
+            if owner is not None:
+                cut.forget(owner)
+        self._send(m.Done(command.id))
 
-    def _compute(self, model: Model, lane: Lane) -> None:
+    def _compute(self, number: int) -> None:
         """A compute thread: jobs in, answers out."""
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                model.store.idle(lane.number)
-                job = self._jobs.get()
-            if job is None:
-                return
-            reply: m.Reply
-            try:
-                reply = self._run(model, lane, job)
-            except LasagnaError as error:
-                reply = m.Failed(job.id, m.error_kind(error), str(error))
-            if model.input_slots:
-                self._free_slots.put(job.inputs)
+        while (job := self._jobs.get()) is not None:
+            reply = self._run(job, number)
+            del job  # or its arrangement's memory would stay while this thread waits for the next
+            with self._emptied:
+                self._inside -= 1
+                self._emptied.notify_all()
             self._send(reply)
 
-    def _run(self, model: Model, lane: Lane, job: Job) -> m.Inferred:
-        start = time.perf_counter()
-        job.wait_s = start - job.queued_at
-        if not job.opened:
-            places = lane.places(model, job.inputs, model.boundary(job.first))
-            self._open(model, job, places)
-            job.open_s += time.perf_counter() - start
-        results, timings = run_job(model, lane, job)
-        with self._counting:
-            self._requests += len(job.requests)
-            self._rows += job.rows
-            self._slice_runs += job.last - job.first
-            self._compute_s += timings.compute_s
-            self._open_s += timings.open_s
-            self._seal_s += timings.seal_s
-        return m.Inferred(job.id, results, timings)
+    def _run(self, job: Job, number: int) -> m.Reply:
+        job.wait_s = time.perf_counter() - job.queued_at
+        weights = job.arrangement.weights
+        reply: m.Reply
+        try:
+            results = run_job(job, job.arrangement.lanes[number], self._requests)
+            reply = m.Ran(job.command.id, results, self._counters.note(job, weights))
+        except LasagnaError as error:
+            reply = _failed(job.command.id, error)
+        assert job.course is not None
+        weights.finish(job.course)
+        if job.inputs is not None:
+            self._free_slots.put(job.inputs)
+        return reply
 
     def _stats(self, id_: int) -> m.Stats:
-        model, pool = self._model, self._pool
-        loads = model.store.counters if model else None
-        with self._counting:
-            return m.Stats(
-                id=id_,
-                pool_bytes=pool.size if pool else 0,
-                pool_high_water=pool.high_water if pool else 0,
-                workspace_bytes=model.plan.workspace_bytes if model else 0,
-                entries=self._entries,
-                requests=self._requests,
-                rows=self._rows,
-                slice_runs=self._slice_runs,
-                loads=loads.loads if loads else 0,
-                loaded_bytes=loads.loaded_bytes if loads else 0,
-                load_s=loads.load_s if loads else 0.0,
-                compute_s=self._compute_s,
-                stall_s=sum(model.store.stall_s) if model else 0.0,
-                open_s=self._open_s,
-                seal_s=self._seal_s,
-            )
+        return self._counters.stats(id_, self._arrangement)
+
+    # The end, and the socket.
 
     def _join(self) -> None:
         """Let what is queued finish and end all threads."""
-        if self._model is None:
-            return
-        for _ in self._model.lanes:
+        for _ in self._lanes:
             self._jobs.put(None)
-        for thread in self._threads[1:]:
+        for thread in self._lanes:
             thread.join()
-        self._model.store.close()
-        self._threads[0].join()
-        self._model = None
+        self._lanes.clear()
+        self._dissolve()
+
+    def _fail(self, id_: int, error: LasagnaError) -> None:
+        self._send(_failed(id_, error))
 
     def _send(self, reply: m.Reply) -> None:
-        frame = m.encode_frame(reply)
+        frame = frames.encode_frame(reply)
         with self._sending:
             try:
                 self._socket.sendall(frame)
@@ -300,10 +344,10 @@ class Enclave:
                 return  # the host is gone; serve sees the end of the connection next
 
     def _receive(self) -> bytearray | None:
-        head = self._read(m.LENGTH.size)
+        head = self._read(frames.LENGTH.size)
         if head is None:
             return None
-        return self._read(m.frame_length(head, self._limits.frame_limit))
+        return self._read(frames.frame_length(head, self._limits.frame_limit))
 
     def _read(self, size: int) -> bytearray | None:
         """Exactly so many bytes, or None when the host has closed the connection."""
@@ -317,26 +361,5 @@ class Enclave:
         return data
 
 
-def _refused(error: LasagnaError) -> m.InferResult:
-    return m.InferResult(error=str(error), kind=m.error_kind(error))
-
-
-def _facts(model: Model) -> m.PlanFacts:
-    plan = model.plan
-    return m.PlanFacts(
-        variant=model.variant.name,
-        slices=len(model.variant.slices),
-        pinned_slices=tuple(sorted(plan.pinned)),
-        weight_bytes=plan.weight_bytes,
-        pinned_bytes=plan.pinned_bytes,
-        ring_slots=plan.ring_slots,
-        slot_bytes=plan.slot_bytes,
-        activation_bytes=plan.activation_bytes * len(model.lanes),
-        input_bytes=plan.input_slots * plan.input_slot_bytes,
-        staging_bytes=plan.staging_bytes * plan.staging_count,
-        workspace_bytes=plan.workspace_bytes,
-        session_bytes=plan.session_bytes,
-        max_batch=plan.max_batch,
-        sessions=model.session_count,
-        total_bytes=plan.total_bytes,
-    )
+def _failed(id_: int, error: LasagnaError) -> m.Failed:
+    return m.Failed(id_, frames.error_kind(error), str(error))

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lasagna.errors import PackageError
+from lasagna.errors import BudgetError, PackageError
 
 _SLACK: Final = 4096
 """The arena's first chunk must be a little smaller than its limit, or it is not granted."""
@@ -44,19 +44,24 @@ def set_workspace_arena(size: int) -> None:
 
     They share one arena of one region of ``size`` bytes: an allocation beyond it fails, nothing
     grows. Sessions opened earlier keep the arena they have.
+
+    Raises:
+        BudgetError: ONNX Runtime can't count so far.
     """
-    arena = ort.OrtArenaCfg(
-        {
-            "max_mem": size + _SLACK,
-            "arena_extend_strategy": 0,  # one region, split and joined as needed
-            "initial_chunk_size_bytes": size,
-            "max_dead_bytes_per_chunk": 2**30,
-        }
-    )
     info = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
-    ort.create_and_register_allocator(info, arena)
+    sizes = {
+        "max_mem": size + _SLACK,
+        "arena_extend_strategy": 0,  # one region, split and joined as needed
+        "initial_chunk_size_bytes": size,
+        "max_dead_bytes_per_chunk": 2**30,
+    }
+    try:
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg(sizes))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+        kind = type(error).__name__
+        raise BudgetError(f"there is no workspace of {size} bytes ({kind})") from None
 
 
 def open_slice_session(

@@ -1,9 +1,10 @@
 """Weights in enclave memory: pinned slices stay, the others pass through a ring of slots.
 
-A loader thread decrypts ahead, always the absent slice that is needed next. A compute thread that
-finds its slice not ready helps: it takes chunks of it beside the loader until none is left, rather
-than wait. Slices run in a cycle, so what was used just now is needed last: the loader overwrites a
-slice when it has been used, and never one that is needed before the slice to load.
+Slices of all models are numbered through: a *piece* is one of them. The host announces its runs
+before they begin, and each needs its pieces in order, so the next uses are known. A loader thread
+decrypts ahead, always the absent piece that is needed next, and overwrites only what is needed
+later than that (Belady, IBM Systems Journal 5(2), 1966). A compute thread that finds its piece not
+ready helps: it takes chunks of it beside the loader until none is left, rather than wait.
 """
 
 from __future__ import annotations
@@ -11,171 +12,164 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lasagna.enclave.pool import Memory
-from lasagna.errors import PackageError
-from lasagna.package.format import Variant, weight_chunks
-from lasagna.package.reader import OpenPackage
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A piece of the ring, in one of these states.
-
-    ==========  =====  =======  ==========  =====  ==============================================
-    state       holds  missing  next_chunk  error  leaves it
-    ==========  =====  =======  ==========  =====  ==============================================
-    free        -1     0        0                  ``_claim``: to filling
-    filling     slice  > 0      < chunks           ``_take_chunk`` of the last one: to finishing
-    finishing   slice  > 0      chunks             ``_fill`` of the last one: to ready
-    ready       slice  0        chunks             ``_claim`` for another slice, if without users
-    broken      slice  >= 0     chunks      set    ``release`` by who was told, or ``_claim``
-    ==========  =====  =======  ==========  =====  ==============================================
-
-    ``missing`` counts chunks that are not decrypted, ``users`` threads between acquire and release.
-    From filling or finishing, a chunk that does not open leads to broken. A slot stays broken until
-    somebody needs its slice and is told; were it freed at once, the loader would try it again and
-    again.
-    """
-
-    memory: Memory
-    holds: int = -1
-    users: int = 0
-    next_chunk: int = 0
-    missing: int = 0
-    error: PackageError | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.holds >= 0 and self.missing == 0 and self.error is None
+from lasagna.enclave.messages import Span
+from lasagna.enclave.pieces import NEVER, Course, Courses, LoadCounters, Move, Piece, Slot
+from lasagna.enclave.pool import Memory, Pool
+from lasagna.enclave.spans import Recorder
+from lasagna.errors import EnclaveError, InvalidInputError, LasagnaError, PackageError
 
 
 @dataclass(slots=True)
-class LoadCounters:
-    """What loading has cost so far: slices, bytes, and seconds of all threads that decrypt."""
-
-    loads: int = 0
-    loaded_bytes: int = 0
-    load_s: float = 0.0
-
-
-@dataclass(slots=True)
-class WeightStore:
-    """Plaintext weights of one model, for any number of compute threads.
+class Weights:
+    """Plaintext weights of all models of an arrangement, for any number of compute threads.
 
     Attributes:
-        package: where they come from.
-        variant: whose slices.
-        pinned: memory of the slices that stay, by number.
-        ring: memory of the slots.
+        pieces: of all models, numbered through.
+        ring: memory of the slots, each large enough for every piece that is not pinned.
         stagings: ciphertext memory, one piece for the loader and one for every compute thread.
+        pool: where memory for pinned slices comes from.
+        recorder: of spans.
         counters: for statistics.
-        stall_s: seconds that each compute thread has spent in ``acquire`` over slices that were
+        stall_s: seconds that each compute thread has spent in ``acquire`` over pieces that were
             not there, decrypting with the loader or waiting for it.
     """
 
-    package: OpenPackage
-    variant: Variant
-    pinned: dict[int, Memory]
+    pieces: Sequence[Piece]
     ring: Sequence[Memory]
     stagings: Sequence[Memory]
+    pool: Pool
+    recorder: Recorder
     counters: LoadCounters = field(default_factory=LoadCounters)
     stall_s: list[float] = field(init=False)
-    _slots: list[_Slot] = field(init=False)
-    _where: dict[int, _Slot] = field(default_factory=dict)
-    _filling: list[_Slot] = field(default_factory=list)
-    _loader_waits: bool = False
-    _at: dict[int, int] = field(default_factory=dict)
+    _slots: list[Slot] = field(init=False)
+    _where: dict[int, Slot] = field(default_factory=dict)
+    _pinned: dict[int, Slot] = field(default_factory=dict)
+    _streamed: list[int] = field(init=False)
+    _courses: Courses = field(default_factory=Courses)
+    _filling: list[Slot] = field(default_factory=list)
+    _moves: deque[Move] = field(default_factory=deque)
+    _waiters: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closed: bool = False
-    _streamed: tuple[int, ...] = field(init=False)
-    _first_streamed: list[int] = field(init=False)
-    _chunks: list[list[tuple[int, int, int, int]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Everything is absent until ``load_pinned`` and the loader have run."""
+        """Everything is absent."""
         self.stall_s = [0.0] * (len(self.stagings) - 1)
-        self._slots = [_Slot(memory) for memory in self.ring]
-        numbers = range(len(self.variant.slices))
-        manifest = self.package.manifest
-        self._chunks = [weight_chunks(manifest, facts) for facts in self.variant.slices]
-        self._streamed = tuple(n for n in numbers if n not in self.pinned)
-        self._first_streamed = [bisect_left(self._streamed, n) for n in numbers]
+        self._slots = [Slot(memory) for memory in self.ring]
+        self._streamed = list(range(len(self.pieces)))
 
-    def load_pinned(self) -> None:
-        """Decrypt all pinned slices, on the calling thread.
+    # What runs and moves.
+
+    def announce(self, first: int, last: int) -> Course:
+        """A run will need these pieces, ``last`` exclusive, after those announced before."""
+        course = Course(first, last)
+        with self._changed:
+            self._courses.announced.append(course)
+            self._wake()
+        return course
+
+    def finish(self, course: Course) -> None:
+        """The run is over."""
+        with self._changed:
+            self._courses.announced.remove(course)
+            self._wake()
+
+    def move(self, piece: int, *, pin: bool, done: Callable[[LasagnaError | None], None]) -> None:
+        """Have the loader pin a piece, or unpin it as soon as nobody uses it.
+
+        Args:
+            piece: which.
+            pin: or unpin.
+            done: called on the loader's thread, with the reason if it could not be.
+        """
+        with self._changed:
+            self._moves.append(Move(piece, pin, done))
+            self._wake()
+
+    def pin_now(self, piece: int) -> Memory:
+        """Decrypt a piece into memory of its own, on the calling thread.
 
         Raises:
+            BudgetError: there is no memory for it.
             PackageError: a chunk does not open.
         """
         start = time.perf_counter()
-        for number, memory in self.pinned.items():
-            for chunk in range(len(self._chunks[number])):
-                self._decrypt(number, chunk, memory, self.stagings[0])
-            self._count(number)
-        self.counters.load_s += time.perf_counter() - start
+        facts = self.pieces[piece]
+        memory = self.pool.take(facts.size)
+        try:
+            for chunk in range(len(facts.chunks)):
+                self._decrypt(piece, chunk, memory, self.stagings[0])
+        except PackageError:
+            self.pool.give_back(facts.size)
+            raise
+        slot = Slot(memory, holds=piece, next_chunk=len(facts.chunks))
+        with self._changed:
+            self._pinned[piece] = self._where[piece] = slot
+            self._streamed.remove(piece)
+            self.counters.load_s += time.perf_counter() - start
+            self._count(piece)
+        self._span("loader", "pin", start, piece)
+        return memory
+
+    def is_pinned(self, piece: int) -> bool:
+        """Whether it stays."""
+        return piece in self._pinned
+
+    def memory_of(self, piece: int) -> Memory:
+        """A pinned piece's memory."""
+        return self._pinned[piece].memory
 
     def load_ahead(self) -> None:
         """Keep the ring filled with what is needed next, until ``close``: the loader thread."""
-        while True:
-            with self._changed:
-                while (job := self._next_job()) is None and not self._closed:
-                    self._loader_waits = True
-                    self._changed.wait()
-                    self._loader_waits = False
-                if self._closed or job is None:
-                    return
-            self._fill(*job, self.stagings[0])
+        while (job := self._await_job()) is not None:
+            if isinstance(job, Move):
+                self._carry_out(job)
+            else:
+                self._fill(*job, self.stagings[0], "loader")
+        while self._moves:
+            self._moves.popleft().done(EnclaveError("the memory is divided anew"))
 
-    def acquire(self, thread: int, number: int) -> Memory:
-        """The weights of a slice, in memory until ``release``.
+    def acquire(self, thread: int, course: Course, piece: int) -> Slot:
+        """The weights of a piece, in memory until ``release``.
 
         Args:
             thread: the compute thread's number, from 0.
-            number: the slice.
+            course: of its run.
+            piece: that it is at.
 
         Raises:
             PackageError: they do not open, or the store was closed.
         """
-        resident = self.pinned.get(number)
-        if resident is not None:
-            return resident
         with self._changed:
-            self._at[thread] = number
-            slot = self._where.get(number)
+            course.at, course.running = piece, True
+            slot = self._where.get(piece)
             if slot is not None and slot.ready:  # the usual case: the loader was here before
                 slot.users += 1
-                return slot.memory
+                return slot
         start = time.perf_counter()
-        slot = self._claim_for(number)
+        slot = self._claim_for(piece)
         try:
-            self._finish(slot, number, self.stagings[1 + thread])
+            self._finish(slot, piece, self.stagings[1 + thread], f"compute {thread}")
         except PackageError:
-            self.release(thread, number)
+            self.release(course, slot)
             raise
         finally:
             self.stall_s[thread] += time.perf_counter() - start
-        return slot.memory
+            self._span(f"compute {thread}", "stall", start, piece)
+        return slot
 
-    def release(self, thread: int, number: int) -> None:
-        """The thread is done with a slice; its next one follows in the cycle."""
-        if number in self.pinned:
-            return
+    def release(self, course: Course, slot: Slot) -> None:
+        """The run is done with a piece; its next one follows."""
         with self._changed:
-            slot = self._where[number]
             slot.users -= 1
-            self._at[thread] = (number + 1) % len(self.variant.slices)
+            course.at += 1
             if slot.error is not None and not slot.users and not slot.missing:
                 self._empty(slot)  # who needed it has been told; the next one may try again
-            if self._loader_waits or len(self._at) > 1:  # else nobody waits for a slot
-                self._changed.notify_all()
-
-    def idle(self, thread: int) -> None:
-        """The thread has no request: what it needs next is the first slice."""
-        with self._changed:
-            self._at.pop(thread, None)
+            self._wake()
 
     def close(self) -> None:
         """Stop the loader and wake whoever waits."""
@@ -183,37 +177,97 @@ class WeightStore:
             self._closed = True
             self._changed.notify_all()
 
-    def _claim_for(self, number: int) -> _Slot:
-        """A slot that holds or will hold the slice, with this thread among its users."""
+    # Moves.
+
+    def _carry_out(self, move: Move) -> None:
+        try:
+            if not move.pin:
+                with self._changed:
+                    if self._in_use(move):  # a run was faster
+                        self._moves.appendleft(move)
+                        return
+                    self._unpin(move.piece)
+            elif self.is_pinned(move.piece):
+                raise InvalidInputError("the slice is pinned already")
+            else:
+                self.pin_now(move.piece)
+        except LasagnaError as error:
+            move.done(error)
+        else:
+            move.done(None)
+
+    def _unpin(self, piece: int) -> None:
+        """Give up a pinned piece's memory. Called with the lock held; nobody uses it.
+
+        Raises:
+            InvalidInputError: it is not pinned, or can't pass through the ring.
+        """
+        if not self.is_pinned(piece):
+            raise InvalidInputError("the slice is not pinned")
+        size = self.pieces[piece].size
+        if not self.ring or size > len(self.ring[0]):
+            raise InvalidInputError(f"a slice of {size} bytes can't pass through the ring")
+        slot = self._pinned.pop(piece)
+        if self._where.get(piece) is slot:
+            del self._where[piece]
+        self._streamed.insert(bisect_left(self._streamed, piece), piece)
+        self.pool.give_back(size)
+
+    def _in_use(self, move: Move) -> bool:
+        slot = self._pinned.get(move.piece)
+        return not move.pin and slot is not None and slot.users > 0
+
+    def _possible_move(self) -> Move | None:
+        if not self._moves or self._in_use(self._moves[0]):
+            return None
+        return self._moves.popleft()
+
+    # The ring.
+
+    def _claim_for(self, piece: int) -> Slot:
+        """A slot that holds or will hold the piece, with this thread among its users."""
         with self._changed:
             while True:
-                slot = self._where.get(number) or self._claim(number, urgent=True)
+                slot = self._where.get(piece) or self._claim(piece, urgent=True)
                 if slot is not None:
                     slot.users += 1
                     return slot
                 if self._closed:
                     raise PackageError("the enclave is stopping")
-                self._changed.wait()
+                self._wait()
 
-    def _finish(self, slot: _Slot, number: int, staging: Memory) -> None:
-        """Decrypt what is left of a slice, then wait for the chunks that others have taken."""
+    def _finish(self, slot: Slot, piece: int, staging: Memory, who: str) -> None:
+        """Decrypt what is left of a piece, then wait for the chunks that others have taken."""
         while True:
             with self._changed:
                 while slot.missing and not self._left(slot):
                     if self._closed:
                         raise PackageError("the enclave is stopping")
-                    self._changed.wait()
+                    self._wait()
                 if slot.error is not None:
                     raise slot.error.again()
                 if not slot.missing:
                     return
                 chunk = self._take_chunk(slot)
-            self._fill(slot, number, chunk, staging)
+            self._fill(slot, piece, chunk, staging, who)
 
-    def _next_job(self) -> tuple[_Slot, int, int] | None:
-        """What the loader should decrypt now, or nothing. Called with the lock held."""
+    def _await_job(self) -> tuple[Slot, int, int] | Move | None:
+        """The loader's next job; nothing when the store is closed."""
+        with self._changed:
+            while not self._closed:
+                job = self._next_job()
+                if job is not None:
+                    return job
+                self._wait()
+        return None
+
+    def _next_job(self) -> tuple[Slot, int, int] | Move | None:
+        """What the loader should do now, or nothing. Called with the lock held."""
+        move = self._possible_move()
+        if move is not None:
+            return move
         while self._filling:
-            slot = min(self._filling, key=lambda s: self._distance(s.holds))
+            slot = min(self._filling, key=lambda s: self._courses.distance(s.holds))
             if self._left(slot):
                 return slot, slot.holds, self._take_chunk(slot)
             self._filling.remove(slot)
@@ -224,86 +278,109 @@ class WeightStore:
         return claimed, nearest, self._take_chunk(claimed)
 
     def _nearest_absent(self) -> int | None:
-        """The absent slice that any thread needs next; a few steps, as few slots hold slices."""
-        count = len(self._streamed)
-        found = []
-        for at in self._at.values() or (0,):
-            first = self._first_streamed[at]
-            for step in range(min(count, len(self._slots) + 1)):
-                number = self._streamed[(first + step) % count]
-                if number not in self._where:
-                    found.append(number)
+        """The absent piece that any run needs next; a few steps, as few slots hold pieces."""
+        best, best_distance = None, NEVER
+        for offset, course in self._courses.starts():
+            at = bisect_left(self._streamed, course.at)
+            for piece in self._streamed[at : at + len(self._slots) + 1]:
+                distance = offset + piece - course.at
+                if piece >= course.last or distance >= best_distance:
                     break
-        return min(found, key=self._distance, default=None)
+                if piece not in self._where:
+                    best, best_distance = piece, distance
+                    break
+        return best
 
-    def _claim(self, number: int, *, urgent: bool) -> _Slot | None:
-        """The slot for an absent slice, or nothing while that is needed otherwise.
+    def _slot_distance(self, slot: Slot) -> int:
+        """Steps until a run needs what the slot holds; what was pinned meanwhile is not needed."""
+        needed = slot.holds >= 0 and self._where.get(slot.holds) is slot
+        return self._courses.distance(slot.holds) if needed else NEVER
 
-        Streamed slices get the slots in turn, each always the same one, which it shares with those
-        that come a ring later: at the same address every time, its graph is bound to it once. Only
-        who needs the slice now, and finds the slot in use by another thread, takes any that is not.
+    def _claim(self, piece: int, *, urgent: bool) -> Slot | None:
+        """The slot for an absent piece, or nothing while all are needed sooner.
+
+        Its own slot, the same one each time, if that will do: at the same address its graph is
+        bound to it once. Else the one whose piece is needed last.
         """
-        own = self._slots[self._first_streamed[number] % len(self._slots)]
-        for slot in (own, *self._slots) if urgent else (own,):
+        own = self._slots[bisect_left(self._streamed, piece) % len(self._slots)]
+        limit = -1 if urgent else self._courses.distance(piece)
+        chosen, furthest = None, limit
+        for slot in (own, *self._slots):
             if slot.users or slot.missing:
                 continue
-            if slot.holds >= 0:
-                if not urgent and self._distance(slot.holds) <= self._distance(number):
-                    return None
-                self._empty(slot)
-            break
-        else:
+            distance = self._slot_distance(slot)
+            if distance > furthest:
+                chosen, furthest = slot, distance
+                if slot is own and not urgent:
+                    break
+        if chosen is None:
             return None
-        slot.holds = number
-        slot.next_chunk = 0
-        slot.missing = len(self._chunks[number])
-        self._where[number] = slot
-        self._filling.append(slot)
-        return slot
+        if chosen.holds >= 0:
+            self._empty(chosen)
+        chosen.holds = piece
+        chosen.next_chunk = 0
+        chosen.missing = len(self.pieces[piece].chunks)
+        self._where[piece] = chosen
+        self._filling.append(chosen)
+        return chosen
 
-    def _empty(self, slot: _Slot) -> None:
-        del self._where[slot.holds]
+    def _empty(self, slot: Slot) -> None:
+        if self._where.get(slot.holds) is slot:
+            del self._where[slot.holds]
         if slot in self._filling:
             self._filling.remove(slot)
         slot.holds, slot.error, slot.missing, slot.next_chunk = -1, None, 0, 0
 
-    def _distance(self, number: int) -> int:
-        """Slices until this one is needed by any thread."""
-        count = len(self.variant.slices)
-        return min(((number - at) % count for at in self._at.values()), default=number)
+    def _left(self, slot: Slot) -> bool:
+        return slot.next_chunk < len(self.pieces[slot.holds].chunks)
 
-    def _left(self, slot: _Slot) -> bool:
-        return slot.next_chunk < len(self._chunks[slot.holds])
-
-    def _take_chunk(self, slot: _Slot) -> int:
+    def _take_chunk(self, slot: Slot) -> int:
         slot.next_chunk += 1
         return slot.next_chunk - 1
 
-    def _fill(self, slot: _Slot, number: int, chunk: int, staging: Memory) -> None:
-        """Decrypt one chunk of a slice into its slot, and note how that went."""
+    def _fill(self, slot: Slot, piece: int, chunk: int, staging: Memory, who: str) -> None:
+        """Decrypt one chunk of a piece into its slot, and note how that went."""
         start = time.perf_counter()
         error: PackageError | None = None
         try:
-            self._decrypt(number, chunk, slot.memory, staging)
+            self._decrypt(piece, chunk, slot.memory, staging)
         except PackageError as found:
-            error = found
+            error = found.again()  # its traceback would keep the memory of this arrangement
         with self._changed:
             self.counters.load_s += time.perf_counter() - start
             slot.missing -= 1
             if error is not None:
                 slot.error = error
-                chunks = len(self._chunks[number])
+                chunks = len(self.pieces[piece].chunks)
                 slot.missing -= chunks - slot.next_chunk  # nobody needs to try the rest
                 slot.next_chunk = chunks
             if slot.missing == 0:
                 if slot.error is None:
-                    self._count(number)
+                    self._count(piece)
                 self._changed.notify_all()
+        self._span(who, "load", start, piece)
 
-    def _decrypt(self, number: int, chunk: int, memory: Memory, staging: Memory) -> None:
-        section, index, begin, end = self._chunks[number][chunk]
-        self.package.decrypt_chunk(section, index, staging, memory[begin:end].data)
+    def _decrypt(self, piece: int, chunk: int, memory: Memory, staging: Memory) -> None:
+        facts = self.pieces[piece]
+        section, index, begin, end = facts.chunks[chunk]
+        facts.package.decrypt_chunk(section, index, staging, memory[begin:end].data)
 
-    def _count(self, number: int) -> None:
+    def _count(self, piece: int) -> None:
         self.counters.loads += 1
-        self.counters.loaded_bytes += self.variant.slices[number].weight_bytes
+        self.counters.loaded_bytes += self.pieces[piece].size
+
+    def _wait(self) -> None:
+        """Until something changes. Called with the lock held."""
+        self._waiters += 1
+        self._changed.wait()
+        self._waiters -= 1
+
+    def _wake(self) -> None:
+        if self._waiters:
+            self._changed.notify_all()
+
+    def _span(self, thread: str, kind: str, start: float, piece: int) -> None:
+        if self.recorder.on:
+            facts = self.pieces[piece]
+            end = time.perf_counter()
+            self.recorder.add(Span(thread, kind, start, end, facts.model, facts.slice, 0, 0))

@@ -39,7 +39,8 @@ from lasagna.gateway.sealed import (
     sealed_answer,
     sealed_rows,
 )
-from lasagna.gateway.tensors import HEADER_LENGTH, InferRequest, parse_request
+from lasagna.gateway.service_class import TENANT, header_parameters, service_of
+from lasagna.gateway.tensors import HEADER_LENGTH, InferRequest, Parameter, parse_request
 from lasagna.server.served import ModelFacts, ServedModel
 from lasagna.trust.evidence import CHALLENGE_MIN_BYTES
 from lasagna.units import MIB
@@ -193,20 +194,14 @@ class Gateway:
         request = _parsed(call.request, body, facts)
         rows = sealed_rows(request, facts)
         check_outputs(request, facts)
-        timeout_s = self._timeout_s(request)
-        records = await _unless_gone(call.request, model.infer(rows, timeout_s))
+        limit_s = self._limits.answer_timeout_s
+        service = service_of(request.parameters, call.request.headers.getlist(TENANT), limit_s)
+        timeout_s = limit_s if service.deadline_s is None else service.deadline_s
+        records = await _unless_gone(call.request, model.infer(rows, timeout_s, service))
         answer, head_length = sealed_answer(request, model.name, facts, records)
         if head_length is None:
             return _encoded(call.request, answer, 200)
         return Response(answer, media_type=_BINARY, headers={HEADER_LENGTH: str(head_length)})
-
-    def _timeout_s(self, request: InferRequest) -> float:
-        """OIP's ``timeout`` is in microseconds; 0 is none."""
-        wish = request.parameters.get("timeout")
-        limit = self._limits.answer_timeout_s
-        if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
-            return limit
-        return wish / 1e6 if wish < limit * 1e6 else limit  # JSON's integers can exceed a float
 
     def _about_a_model(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
@@ -274,12 +269,12 @@ def _parsed(request: Request, body: bytes, facts: ModelFacts) -> InferRequest:
         raise InvalidInputError(f"{HEADER_LENGTH} is {text[:20]!r}, which is not a length")
     if length := int(text):
         return parse_request(body, length)
-    parameters = {
+    parameters: dict[str, Parameter] = {
         name: request.headers[name.replace("_", "-")]
         for name in (REQUEST_ID, CAPSULE)
         if name.replace("_", "-") in request.headers
     }
-    return raw_request(body, parameters, facts)
+    return raw_request(body, parameters | header_parameters(request.headers), facts)
 
 
 async def _unless_gone(request: Request, answering: Awaitable[_T]) -> _T:

@@ -14,7 +14,7 @@ from lasagna.server.served import ServedModel, Statistics
 
 VERSION: Final = "1"
 """Every model has this one version."""
-EXTENSIONS: Final = ("binary_tensor_data", "parameters", "lasagna_sealed")
+EXTENSIONS: Final = ("binary_tensor_data", "parameters", "schedule_policy", "lasagna_sealed")
 PLATFORM: Final = "lasagna"
 
 DATATYPES: Final = {name: name.upper().replace("FLOAT", "FP") for name in DTYPES}
@@ -131,6 +131,7 @@ def model_statistics(statistics: Statistics) -> dict[str, Any]:
         "budget_bytes": statistics.budget_bytes,
         "plan": msgspec.to_builtins(statistics.plan),
         "process_peak_bytes": statistics.process_peak_bytes,
+        "prediction_error": statistics.prediction_error,
     }
 
 

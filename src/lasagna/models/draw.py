@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lasagna.enclave.plan import live_at_cut
 from lasagna.errors import UsageError
 from lasagna.package.format import PROFILE_BATCHES, SliceDetails, Variant
+from lasagna.package.forms import live_at_cut
 from lasagna.units import format_bytes
 
 if TYPE_CHECKING:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from lasagna.policy.costs import Correction
 from lasagna.policy.state import NEVER, ModelState, Request, StageState
+
+ERRORS_KEPT: Final = 1000
+"""Of the last predictions."""
 
 
 class Choice:
     """Predicts visits and compares them. See ``policy.scheduler`` for the rule."""
 
-    def __init__(self, entry_s: float, patience_s: float) -> None:
+    def __init__(self, entry_s: float, patience_s: float, *, in_order: bool = False) -> None:
         """Nothing is planned.
 
         Args:
             entry_s: what a call into the enclave takes.
             patience_s: who has waited so long is urgent.
+            in_order: who came first goes first, whatever that costs.
         """
+        self._in_order = in_order
         self.loading = Correction()
+        self.errors: deque[float] = deque(maxlen=ERRORS_KEPT)
         self._entry_s = entry_s
         self._patience_s = patience_s
         self._longest_s = 0.0
@@ -40,9 +48,25 @@ class Choice:
             stage.profile_s[rows] = found
         return found
 
+    def compute_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of computing, as far as is known: by batches of this size, else by all."""
+        known = stage.by_rows.get(rows, stage.correction)
+        return known.factor * self.profile_s(model, stage, rows)
+
+    def note(self, model: ModelState, stage: StageState, rows: int, measured_s: float) -> None:
+        """A run has taken so long on its thread."""
+        profile_s = self.profile_s(model, stage, rows)
+        if profile_s <= 0.0 or measured_s <= 0.0:
+            return
+        if stage.correction.measured:
+            self.errors.append(abs(self.compute_s(model, stage, rows) / measured_s - 1.0))
+        own = stage.by_rows.setdefault(rows, Correction(stage.correction.factor))
+        own.note(profile_s, measured_s)
+        stage.correction.note(profile_s, measured_s)
+
     def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of a visit: loading overlaps computing."""
-        compute_s = stage.correction.factor * self.profile_s(model, stage, rows)
+        compute_s = self.compute_s(model, stage, rows)
         return max(compute_s, self.loading.factor * stage.load_s) + self._entry_s
 
     def row_s(self, model: ModelState) -> float:
@@ -102,7 +126,7 @@ class Choice:
             since_s, deadline_s = first.facts.at_s, first.deadline_s
         elif (oldest := model.outside.oldest()) is not None:
             since_s, deadline_s = oldest.since_s, oldest.deadline_s
-        if now_s - since_s >= self._patience_s:
+        if self._in_order or now_s - since_s >= self._patience_s:
             return (0.0, since_s)
         if deadline_s < NEVER:
             slack_s = deadline_s - now_s - self.through_s(model, index)

@@ -2,23 +2,21 @@
 
 A profile was measured on the sealing machine, on one thread that had it to itself. Here other
 threads compete for memory and cache, and the processor is another one. So every prediction is the
-profile's figure times a factor, which follows what is measured; and how far predictions were off is
-kept, to be exported and tested.
+profile's figure times a factor, which follows what is measured.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
 from dataclasses import dataclass
-from statistics import median
-from typing import Final
+from typing import Final, TypeAlias
 
+SLICED: Final = "sliced"
+"""The form that is run slice by slice (package.forms.Form)."""
 BATCHES: Final = (1, 2, 4, 8)
 """Batch sizes of a profile's curves, as in ``package.format.PROFILE_BATCHES``."""
 _WEIGHT: Final = 0.2
 """Of the newest measurement in a factor: halves an error in three steps."""
-_ERRORS_KEPT: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +54,16 @@ class ModelCosts:
         cut_bytes: a row's tensors that cross each cut; the inputs at 0, the outputs at the end.
         running_bytes: a row's tensors that exist while each slice runs.
         max_rows: of one batch; 1 for a model that can't be batched.
+        form: name of the way in which the model is run so; ``sliced`` ones can be streamed.
+        copies_bytes: that sessions hold of the weights, beside the weights.
     """
 
     slices: tuple[SliceCosts, ...]
     cut_bytes: tuple[int, ...]
     running_bytes: tuple[int, ...]
     max_rows: int
+    form: str = SLICED
+    copies_bytes: int = 0
 
     def __post_init__(self) -> None:
         assert self.slices
@@ -77,11 +79,22 @@ class ModelCosts:
         """Seconds for slices ``first`` to ``last``, exclusive, on one batch."""
         return sum(one.compute_at(rows) for one in self.slices[first:last])
 
+    def activations_at(self, first: int, last: int, rows: int) -> int:
+        """Bytes of a batch's activations while it goes through these slices."""
+        return max(self.running_bytes[first:last]) * rows
+
+    def workspace_at(self, first: int, last: int, rows: int) -> int:
+        """Bytes that the kernels of these slices allocate at most at once."""
+        return max(one.workspace_at(rows) for one in self.slices[first:last])
+
     def bytes_at(self, first: int, last: int, rows: int) -> int:
         """Activations and workspace of a batch while it goes through these slices."""
-        numbers = range(first, last)
-        activations = max(self.running_bytes[n] for n in numbers) * rows
-        return activations + max(self.slices[n].workspace_at(rows) for n in numbers)
+        return self.activations_at(first, last, rows) + self.workspace_at(first, last, rows)
+
+
+Forms: TypeAlias = tuple[ModelCosts, ...]
+"""One model in each form that it can be run in, the sliced one first; the later the better, for who
+has the memory."""
 
 
 def _on_curve(values: tuple[float, ...] | tuple[int, ...], rows: int) -> float:
@@ -92,23 +105,17 @@ def _on_curve(values: tuple[float, ...] | tuple[int, ...], rows: int) -> float:
 
 
 class Correction:
-    """A factor that follows measurements, and how far predictions with it were off."""
+    """A factor that follows measurements."""
 
     def __init__(self, factor: float = 1.0) -> None:
         """Begin with a factor; the first measurement replaces it."""
         self._factor = factor
-        self._measured = False
-        self._errors: deque[float] = deque(maxlen=_ERRORS_KEPT)
+        self.measured = False
 
     @property
     def factor(self) -> float:
         """Measured seconds over the profile's, of late."""
         return self._factor
-
-    @property
-    def median_error(self) -> float:
-        """Half of the last predictions were off by less than this share; 0 before there are any."""
-        return median(self._errors) if self._errors else 0.0
 
     def note(self, profile_s: float, measured_s: float) -> None:
         """A step took so long, for which the profile has so much.
@@ -117,8 +124,6 @@ class Correction:
         """
         if profile_s <= 0.0 or measured_s <= 0.0:
             return
-        if self._measured:
-            self._errors.append(abs(self._factor * profile_s - measured_s) / measured_s)
         ratio = measured_s / profile_s
-        self._factor += (_WEIGHT if self._measured else 1.0) * (ratio - self._factor)
-        self._measured = True
+        self._factor += (_WEIGHT if self.measured else 1.0) * (ratio - self._factor)
+        self.measured = True

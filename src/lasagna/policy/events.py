@@ -6,19 +6,22 @@ Commands are what its driver has to do; the driver never refuses one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lasagna.policy.costs import ModelCosts
+from lasagna.policy.costs import Forms
+from lasagna.policy.memory import MemoryPlan, Style
+from lasagna.policy.stages import Machine
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAdded:
-    """A model is there to be served; nothing of it is in memory yet."""
+    """A model is there to be served; an enclave that runs has its keys already."""
 
     at_s: float
     model: str
-    costs: ModelCosts
+    forms: Forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +92,10 @@ class RunFailed:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The last Pin or Unpin has been carried out."""
+    """The last Pin or Unpin has been carried out, or could not be."""
 
     at_s: float
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,29 @@ class EnclaveLost:
 
 @dataclass(frozen=True, slots=True)
 class EnclaveReady:
-    """An enclave runs, with the plan's ring and nothing pinned."""
+    """An enclave runs and has the keys of all models."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The last Plan has been worked out.
+
+    Attributes:
+        at_s: when.
+        best: division of the memory.
+        kept: the present one, with the pins that suit the demand; None if there is none.
+    """
+
+    at_s: float
+    best: MemoryPlan
+    kept: MemoryPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """The last Arrange has been carried out."""
 
     at_s: float
 
@@ -118,6 +144,8 @@ Event: TypeAlias = (
     | Moved
     | EnclaveLost
     | EnclaveReady
+    | Planned
+    | Arranged
 )
 
 
@@ -177,6 +205,30 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """Work out ``memory.divide`` of these, and ``memory.repin`` of the present plan; then Planned.
+
+    That takes too long to be done between two requests.
+    """
+
+    models: Mapping[str, Forms]
+    demand: Mapping[str, float]
+    machine: Machine
+    style: Style
+    present: MemoryPlan | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrange:
+    """Divide the enclave's memory so, with what is pinned loaded; then Arranged.
+
+    Nothing is in the enclave, and no Run comes before Arranged. None when no model is left.
+    """
+
+    plan: MemoryPlan | None
+
+
+@dataclass(frozen=True, slots=True)
 class Pin:
     """Load a slice into memory of its own and keep it; then Moved."""
 
@@ -192,4 +244,4 @@ class Unpin:
     slice: int
 
 
-Command: TypeAlias = Run | Answer | Refuse | GiveUp | Forget | Pin | Unpin
+Command: TypeAlias = Run | Answer | Refuse | GiveUp | Forget | Plan | Arrange | Pin | Unpin

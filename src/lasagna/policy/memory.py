@@ -1,61 +1,48 @@
 """How an enclave's memory is divided among models: what to pin, and how large batches may be.
 
 Early layers have large activations and small weights, late layers the reverse. So a model is
-divided into **stages**, runs of slices with one batch size each: small batches early, where a row
-takes much memory, large ones late, where a load of weights should serve many rows. Requests wait at
-the cut between two stages until enough of them are there for a large batch.
+divided into **stages** (``policy.stages``), runs of slices with one batch size each: small batches
+early, where a row takes much memory, large ones late, where a load of weights should serve many
+rows. Requests wait at the cut between two stages until enough of them are there for a large batch.
 
-Memory goes to four ends: weights that stay (pinned), a ring for the others, the activations and
-workspace of what runs, and the activations of what waits between stages. More for what runs means
-larger batches and fewer pins. Several divisions are tried, and the one with the least predicted
-time is taken.
+Memory goes to: weights that stay (pinned), a ring for the others, the activations and workspace of
+what runs, and the activations of what waits. More for what runs means larger batches and fewer
+pins. Several divisions are tried, and the one with the least predicted time is taken. A model that
+fits whole beside the others is run whole, which saves the calls, or frozen, if its sessions may
+even hold copies of the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Final
 
 from lasagna.errors import BudgetError
-from lasagna.policy.costs import ModelCosts
-from lasagna.units import format_bytes
+from lasagna.policy.costs import SLICED, Forms, ModelCosts
+from lasagna.policy.pins import choose_pinned
+from lasagna.policy.stages import (
+    Machine,
+    Stage,
+    one_stage,
+    request_s,
+    stages_within,
+    waiting_rows,
+)
+from lasagna.units import format_bytes, whole_pages
 
-ROWS: Final = (1, 2, 4, 8, 16, 32)
-"""Batch sizes to choose from."""
 RING_SLOTS: Final = 3
-"""One in use, one ready, one being filled (enclave.plan.RING_SLOTS)."""
-DIVISIONS: Final = 12
-"""How many amounts of memory for running batches are tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the enclave has.
-
-    Attributes:
-        budget: bytes for everything named here.
-        lanes: compute threads.
-        cores: processors for those and for loading.
-        load_rate: bytes a second that one thread decrypts.
-        entry_s: what a call into the enclave takes.
-    """
-
-    budget: int
-    lanes: int
-    cores: int
-    load_rate: float
-    entry_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Slices ``first`` to ``last``, exclusive, on up to ``rows`` rows at once."""
-
-    first: int
-    last: int
-    rows: int
+"""One slot in use, one ready, one being filled. Beside pinned slices more do not pay: look-ahead
+costs pins."""
+STREAMING_SLOTS: Final = 8
+"""When everything is streamed, look-ahead carries the loader over layers with many weights and
+little to compute (docs/experiments/0002-streaming.md)."""
+SHARED_ARENA_MARGIN: Final = 1.5
+"""Room for fragmentation when several compute threads allocate from one workspace arena."""
+GRID: Final = 1.5
+"""Step between the amounts of memory for a running batch that are tried."""
+GRID_FROM: Final = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +50,235 @@ class MemoryPlan:
     """A division of the memory. Sizes in bytes; they add up to no more than the budget.
 
     Attributes:
+        costs: of each model, in the form in which it is run.
         stages: of each model, in order.
         pinned: slices of each model whose weights stay.
-        slot_bytes: of a slot of the ring; 0 when everything is pinned.
-        ring_bytes: of all slots.
-        running_bytes: activations and workspace of the batches that run.
+        slots: of the ring, each of slot_bytes; 0 when everything is pinned.
+        input_slots: for opened inputs of runs that wait, each of input_bytes; 0 to open them when
+            the run begins.
+        lanes: compute threads.
+        activation_bytes: of the batch that runs on one of them.
+        workspace_bytes: of kernels, for all threads, and of copies of weights in sessions.
+        staging_bytes: of ciphertext on its way.
         waiting_bytes: activations of requests between two stages.
         pinned_bytes: weights that stay.
         request_s: predicted seconds of the server for a request of each model, when it is busy.
     """
 
+    costs: Mapping[str, ModelCosts]
     stages: Mapping[str, tuple[Stage, ...]]
     pinned: Mapping[str, frozenset[int]]
+    slots: int
     slot_bytes: int
-    ring_bytes: int
-    running_bytes: int
+    input_slots: int
+    input_bytes: int
+    lanes: int
+    activation_bytes: int
+    workspace_bytes: int
+    staging_bytes: int
     waiting_bytes: int
     pinned_bytes: int
     request_s: Mapping[str, float]
 
     @property
+    def ring_bytes(self) -> int:
+        """Of all slots."""
+        return self.slots * self.slot_bytes
+
+    @property
+    def running_bytes(self) -> int:
+        """For what runs or is about to: activations, workspace, inputs."""
+        inputs = self.input_slots * self.input_bytes
+        return self.lanes * self.activation_bytes + self.workspace_bytes + inputs
+
+    @property
     def total_bytes(self) -> int:
         """Of the whole plan."""
-        return self.ring_bytes + self.running_bytes + self.waiting_bytes + self.pinned_bytes
+        held = self.ring_bytes + self.pinned_bytes + self.waiting_bytes + self.staging_bytes
+        return held + self.running_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What a division may make use of; the default is everything.
+
+    Attributes:
+        staged: divide models into stages with batches of their own.
+        max_rows: of a batch.
+        pin: keep weights where there is room; otherwise stream all of them.
+        whole: run models whole where they fit.
+    """
+
+    staged: bool = True
+    max_rows: int = 32
+    pin: bool = True
+    whole: bool = True
+
+
+@dataclass(slots=True)
+class _Search:
+    """One call of ``divide``."""
+
+    machine: Machine
+    weights: Mapping[str, float]
+    style: Style
+    _stages: dict[tuple[int, int], tuple[Stage, ...]] = field(default_factory=dict)
+
+    def best(self, models: Mapping[str, ModelCosts]) -> MemoryPlan | None:
+        """The best division with each model in this form."""
+        best: MemoryPlan | None = None
+        best_s = float("inf")
+        each = GRID_FROM
+        most = max(1, self.machine.budget // self.machine.lanes)
+        while each < most * GRID:
+            for staged in (True, False) if self.style.staged else (False,):
+                for apart in (True, False):
+                    plan = self._divide(models, int(each), staged=staged, apart=apart)
+                    if plan is not None:
+                        break
+                else:
+                    continue
+                seconds = self.seconds(plan)
+                if seconds < best_s - 1e-12:
+                    best, best_s = plan, seconds
+                break  # without stages only where what waits between them takes too much
+            each = int(each * GRID)
+        return best
+
+    def seconds(self, plan: MemoryPlan) -> float:
+        """Of a mean request."""
+        return sum(self.weights[name] * seconds for name, seconds in plan.request_s.items())
+
+    def _divide(
+        self, models: Mapping[str, ModelCosts], each: int, *, staged: bool, apart: bool
+    ) -> MemoryPlan | None:
+        """The plan with so many bytes for each running batch, if the rest fits beside it."""
+        machine = self.machine
+        stages = {name: self._staged(costs, each, staged=staged) for name, costs in models.items()}
+        every = [(models[name], one) for name in models for one in stages[name]]
+        activations = max(c.activations_at(s.first, s.last, s.rows) for c, s in every)
+        workspace = max(c.workspace_at(s.first, s.last, s.rows) for c, s in every) * machine.lanes
+        if machine.lanes > 1:
+            workspace = int(workspace * SHARED_ARENA_MARGIN)
+        workspace += sum(costs.copies_bytes for costs in models.values())
+        inputs = max(models[name].cut_bytes[0] * stages[name][0].rows for name in models)
+        waiting = sum(_waiting(models[name], stages[name]) for name in models)
+        largest = max(one.weight_bytes for costs in models.values() for one in costs.slices)
+        plan = MemoryPlan(
+            costs=models,
+            stages=stages,
+            pinned={},
+            slots=0,
+            slot_bytes=0,
+            input_slots=machine.lanes + 1 if apart else 0,
+            input_bytes=whole_pages(inputs) if apart else 0,
+            lanes=machine.lanes,
+            activation_bytes=whole_pages(activations),
+            workspace_bytes=whole_pages(workspace),
+            staging_bytes=(machine.lanes + 1) * whole_pages(min(largest, machine.chunk_bytes) + 64),
+            waiting_bytes=waiting,
+            pinned_bytes=0,
+            request_s={},
+        )
+        room = machine.budget - plan.total_bytes
+        return self._with_weights(plan, room) if room >= 0 else None
+
+    def _staged(self, costs: ModelCosts, each: int, *, staged: bool) -> tuple[Stage, ...]:
+        if not staged:
+            return one_stage(costs, each, self.style.max_rows)
+        key = (id(costs), each)
+        found = self._stages.get(key)
+        if found is None:
+            found = stages_within(costs, self.machine, each, self.style.max_rows)
+            self._stages[key] = found
+        return found
+
+    def _with_weights(self, plan: MemoryPlan, room: int) -> MemoryPlan | None:
+        """Spend what is left on pins and a ring, or say that it is too little."""
+        pinned = self._pin(plan, room)
+        if pinned is None:
+            return None
+        kept, slots, slot = pinned
+        return self.pinning(replace(plan, slots=slots, slot_bytes=slot), kept)
+
+    def pinning(self, plan: MemoryPlan, kept: Mapping[str, frozenset[int]]) -> MemoryPlan:
+        """The plan with these pins, and what it then promises."""
+        return replace(
+            plan,
+            pinned=kept,
+            pinned_bytes=sum(
+                whole_pages(plan.costs[name].slices[n].weight_bytes)
+                for name in kept
+                for n in kept[name]
+            ),
+            request_s={
+                name: request_s(plan.costs[name], plan.stages[name], kept[name], self.machine)
+                for name in plan.costs
+            },
+        )
+
+    def _pin(
+        self, plan: MemoryPlan, room: int
+    ) -> tuple[dict[str, frozenset[int]], int, int] | None:
+        """What to pin beside a ring for the others; the ring's slots, and their size."""
+        sizes = {
+            name: [whole_pages(one.weight_bytes) for one in costs.slices]
+            for name, costs in plan.costs.items()
+        }
+        everything = {name: frozenset(range(len(found))) for name, found in sizes.items()}
+        if self.style.pin and sum(map(sum, sizes.values())) <= room:
+            return everything, 0, 0
+        kept: dict[str, frozenset[int]] = {name: frozenset() for name in sizes}
+        for name, costs in plan.costs.items():
+            if costs.form != SLICED:
+                kept[name] = everything[name]
+                room -= sum(sizes[name])
+        streamed = [size for name in sizes if not kept[name] for size in sizes[name]]
+        if not streamed:
+            return (kept, 0, 0) if room >= 0 else None
+        slot = max(streamed)
+        if room < slot:
+            return None
+        slots = _slots(room, slot, len(streamed), pin=self.style.pin)
+        if self.style.pin:
+            self.spend(plan, sizes, kept, room - slots * slot, slots * slot)
+        slot = max(
+            size for name in sizes for n, size in enumerate(sizes[name]) if n not in kept[name]
+        )
+        return kept, slots, slot
+
+    def spend(
+        self,
+        plan: MemoryPlan,
+        sizes: Mapping[str, Sequence[int]],
+        kept: dict[str, frozenset[int]],
+        room: int,
+        ring: int,
+    ) -> None:
+        """Pin where a byte saves its decryption most often: at every visit of its stage."""
+        groups = sorted(
+            (
+                (-self.weights[name] / stage.rows, name, stage.first, stage)
+                for name, costs in plan.costs.items()
+                if costs.form == SLICED
+                for stage in plan.stages[name]
+            ),
+            key=lambda group: group[:3],
+        )
+        for _, name, first, stage in groups:
+            numbers = [n for n in range(first, stage.last) if n not in kept[name]]
+            own = [sizes[name][n] for n in numbers]
+            times = [plan.costs[name].slices[n].compute_at(stage.rows) for n in numbers]
+            chosen = choose_pinned(own, times, room, ring) if room > 0 else frozenset()
+            kept[name] |= {numbers[index] for index in chosen}
+            room -= sum(own[index] for index in chosen)
 
 
 def divide(
-    models: Mapping[str, ModelCosts], demand: Mapping[str, float], machine: Machine
+    models: Mapping[str, Forms],
+    demand: Mapping[str, float],
+    machine: Machine,
+    style: Style | None = None,
 ) -> MemoryPlan:
     """Divide the memory for the least time a mean request.
 
@@ -97,210 +286,112 @@ def divide(
         models: to serve, by name; at least one.
         demand: share of each in the load. Only ratios count; a model without one gets next to none.
         machine: what there is.
+        style: what it may make use of.
 
     Raises:
         BudgetError: not even batches of one row with nothing pinned fit.
     """
-    least = min(demand.values(), default=0.0) or 1.0
-    weights = {name: demand.get(name, 0.0) or least / 1000 for name in models}
-    smallest = max(costs.bytes_at(n, n + 1, 1) for costs in models.values() for n in _all(costs))
-    best: MemoryPlan | None = None
-    best_s = float("inf")
-    for step in range(DIVISIONS):
-        # From the smallest that works to all of the memory, evenly in proportion.
-        each = int(smallest * max(1.0, machine.budget / machine.lanes / smallest) ** (step / 11))
-        plan = _divide(models, weights, machine, each, staged=True)
-        if plan is None:  # what waits between stages takes too much
-            plan = _divide(models, weights, machine, each, staged=False)
-        if plan is None:
-            continue
-        seconds = sum(weights[name] * plan.request_s[name] for name in models)
-        if seconds < best_s:
-            best, best_s = plan, seconds
+    style = style or Style()
+    search = _Search(machine, shares(models, demand), style)
+    weights = search.weights
+    chosen = {name: forms[0] for name, forms in models.items()}
+    best = search.best(chosen)
     if best is None:
-        slot = max(one.weight_bytes for costs in models.values() for one in costs.slices)
-        raise BudgetError(
-            f"{', '.join(map(repr, models))} need {format_bytes(smallest * machine.lanes)} for "
-            f"running batches of one row and {format_bytes(slot)} for the largest slice; the "
-            f"budget is {format_bytes(machine.budget)}"
-        )
+        raise BudgetError(_shortage(chosen, machine))
+    if style.whole:
+        for name in sorted(models, key=lambda name: (-weights[name], name)):
+            for form in reversed(models[name][1:]):
+                plan = search.best(chosen | {name: form})
+                if plan is not None and search.seconds(plan) < search.seconds(best):
+                    best, chosen[name] = plan, form
+                    break
     return best
 
 
-def _divide(
-    models: Mapping[str, ModelCosts],
-    weights: Mapping[str, float],
-    machine: Machine,
-    each: int,
-    *,
-    staged: bool,
-) -> MemoryPlan | None:
-    """The plan with so many bytes for each running batch, if the rest fits beside it."""
-    stages = {
-        name: _stages(costs, machine, each) if staged else _one_stage(costs, each)
-        for name, costs in models.items()
-    }
-    running = machine.lanes * max(
-        models[name].bytes_at(one.first, one.last, one.rows)
-        for name in models
-        for one in stages[name]
-    )
-    waiting = sum(_waiting(models[name], stages[name]) for name in models)
-    room = machine.budget - running - waiting
-    if room < 0:
-        return None
+def require_fits(models: Mapping[str, Forms], machine: Machine, style: Style | None = None) -> None:
+    """Check that there is a division at all, which is quick.
+
+    Raises:
+        BudgetError: not even batches of one row with nothing pinned fit.
+    """
+    chosen = {name: forms[0] for name, forms in models.items()}
+    search = _Search(machine, dict.fromkeys(models, 1.0), style or Style())
+    if search._divide(chosen, 0, staged=False, apart=False) is None:
+        raise BudgetError(_shortage(chosen, machine))
+
+
+def repin(plan: MemoryPlan, demand: Mapping[str, float], machine: Machine) -> MemoryPlan:
+    """The same division with other slices pinned, as suits the demand."""
+    if not plan.slots:
+        return plan
+    weights = shares(plan.costs, demand)
     sizes = {
-        (name, n): one.weight_bytes
-        for name, costs in models.items()
-        for n, one in enumerate(costs.slices)
+        name: [whole_pages(one.weight_bytes) for one in costs.slices]
+        for name, costs in plan.costs.items()
     }
-    # A pinned byte saves its decryption at every visit of its stage: most where visits are many.
-    value = {
-        (name, n): weights[name] / stage.rows
-        for name in models
-        for stage in stages[name]
-        for n in range(stage.first, stage.last)
-    }
-    pinned, slot = _pin(sizes, value, room)
-    if pinned is None:
-        return None
-    slots = 0 if not slot else min(RING_SLOTS, len(sizes) - len(pinned), room // slot)
-    kept = {name: frozenset(n for m, n in pinned if m == name) for name in models}
-    return MemoryPlan(
-        stages=stages,
-        pinned=kept,
-        slot_bytes=slot,
-        ring_bytes=slots * slot,
-        running_bytes=running,
-        waiting_bytes=waiting,
-        pinned_bytes=sum(sizes[key] for key in pinned),
-        request_s={
-            name: _request_s(models[name], stages[name], kept[name], machine) for name in models
-        },
-    )
-
-
-def _pin(
-    sizes: Mapping[tuple[str, int], int], value: Mapping[tuple[str, int], float], room: int
-) -> tuple[frozenset[tuple[str, int]] | None, int]:
-    """What to pin beside a ring for the others, and the size of its slots; None if nothing fits."""
-    if sum(sizes.values()) <= room:
-        return frozenset(sizes), 0
-    order = sorted(sizes, key=lambda key: (-value[key], sizes[key], key))
-    slot = max(sizes.values())
-    slots = next((n for n in range(min(RING_SLOTS, len(sizes)), 0, -1) if n * slot <= room), 0)
-    if not slots:
-        return None, 0
-    left = room - slots * slot
-    pinned = set()
-    for key in order:
-        if sizes[key] <= left:
-            pinned.add(key)
-            left -= sizes[key]
-    slot = max(size for key, size in sizes.items() if key not in pinned)
-    return frozenset(pinned), slot
-
-
-def _stages(costs: ModelCosts, machine: Machine, each: int) -> tuple[Stage, ...]:
-    """Divide a model into stages of the least time a row, when all weights are streamed.
-
-    A dynamic program over the cuts: a stage costs its visit divided by the rows that all of its
-    slices can take within ``each`` bytes.
-    """
-    count = len(costs.slices)
-    limits = [_rows_within(costs, n, each) for n in range(count)]
-    compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
-    load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
-    best = [0.0] + [float("inf")] * count
-    chosen = [(0, 1)] * (count + 1)
-    for last in range(1, count + 1):
-        limit = limits[last - 1]
-        for first in range(last - 1, -1, -1):
-            limit = min(limit, limits[first])
-            rows = (
-                limit if not first else _rows_gathered(costs, first, limits[first - 1], limit, each)
-            )
-            if not rows:
-                continue
-            visit = _visit_s(
-                compute[rows][last] - compute[rows][first], load[last] - load[first], machine
-            )
-            total = best[first] + visit / rows
-            if total < best[last] - 1e-12:
-                best[last], chosen[last] = total, (first, rows)
-    stages: list[Stage] = []
-    last = count
-    while last:
-        first, rows = chosen[last]
-        stages.append(Stage(first, last, rows))
-        last = first
-    return tuple(reversed(stages))
-
-
-def _one_stage(costs: ModelCosts, each: int) -> tuple[Stage, ...]:
-    count = len(costs.slices)
-    return (Stage(0, count, min(_rows_within(costs, n, each) for n in range(count))),)
-
-
-def _rows_gathered(costs: ModelCosts, cut: int, before: int, limit: int, size: int) -> int:
-    """The largest batch up to a limit whose rows may wait at a cut in so many bytes; 0 if none."""
-    fitting = [
-        rows
-        for rows in ROWS
-        if rows <= limit and costs.cut_bytes[cut] * (2 * rows + before - 1) <= size
-    ]
-    return max(fitting, default=0)
-
-
-def _visit_s(compute_s: float, load_s: float, machine: Machine) -> float:
-    """Seconds of the server for one visit: of its lanes, or of its cores if these are short."""
-    entry = machine.entry_s
-    return max(
-        (max(compute_s, load_s) + entry) / machine.lanes, (compute_s + load_s) / machine.cores
-    )
-
-
-def _request_s(
-    costs: ModelCosts, stages: Sequence[Stage], pinned: frozenset[int], machine: Machine
-) -> float:
-    total = 0.0
-    for stage in stages:
-        streamed = sum(
-            costs.slices[n].weight_bytes for n in range(stage.first, stage.last) if n not in pinned
+    kept = {
+        name: frozenset(
+            n
+            for n, size in enumerate(sizes[name])
+            if costs.form != SLICED or size > plan.slot_bytes  # can't pass through the ring
         )
-        compute_s = costs.compute_at(stage.first, stage.last, stage.rows)
-        total += _visit_s(compute_s, streamed / machine.load_rate, machine) / stage.rows
-    return total
+        for name, costs in plan.costs.items()
+    }
+    fixed = sum(sizes[name][n] for name in kept for n in kept[name])
+    room = machine.budget - (plan.total_bytes - plan.pinned_bytes) - fixed
+    search = _Search(machine, weights, Style())
+    search.spend(plan, sizes, kept, room, plan.ring_bytes)
+    return search.pinning(plan, kept)
 
 
-def waiting_rows(before: Stage, after: Stage) -> int:
-    """Rows that may be at the cut between two stages at once.
+def mean_s(plan: MemoryPlan, demand: Mapping[str, float]) -> float:
+    """Predicted seconds of the server for a mean request."""
+    weights = shares(plan.costs, demand)
+    total = sum(weights.values())
+    return sum(weights[name] * seconds for name, seconds in plan.request_s.items()) / total
 
-    One batch of the next stage runs, or is about to, another gathers, and a batch of the stage
-    before arrives.
-    """
-    return 2 * after.rows + before.rows - 1
+
+def shares(models: Iterable[str], demand: Mapping[str, float]) -> dict[str, float]:
+    """Demand for each model; one without any has a thousandth of the least."""
+    least = min((share for share in demand.values() if share > 0), default=1.0)
+    return {name: demand.get(name, 0.0) or least / 1000 for name in models}
+
+
+def _slots(room: int, slot: int, streamed: int, *, pin: bool) -> int:
+    """The ring gets a third of the room at most: with little of it, pins do more than a slot."""
+    most = max(1, room // 3 // slot) if pin else room // slot
+    slots = min(RING_SLOTS if pin else STREAMING_SLOTS, most, streamed)
+    return 2 if slots == 1 and room >= 2 * slot and streamed > 1 else slots
 
 
 def _waiting(costs: ModelCosts, stages: Sequence[Stage]) -> int:
     return sum(
-        costs.cut_bytes[after.first] * waiting_rows(before, after)
+        whole_pages(costs.cut_bytes[after.first] * waiting_rows(before, after))
         for before, after in pairwise(stages)
     )
 
 
-def _rows_within(costs: ModelCosts, number: int, size: int) -> int:
-    fitting = [
-        rows
-        for rows in ROWS
-        if rows <= costs.max_rows and costs.bytes_at(number, number + 1, rows) <= size
-    ]
-    return max(fitting, default=1)
-
-
-def _all(costs: ModelCosts) -> range:
-    return range(len(costs.slices))
-
-
-def _sums(values: Iterable[float]) -> list[float]:
-    return list(accumulate(values, initial=0.0))
+def _shortage(models: Mapping[str, ModelCosts], machine: Machine) -> str:
+    name, number, need = max(
+        (
+            (name, n, costs.bytes_at(n, n + 1, 1))
+            for name, costs in models.items()
+            for n in range(len(costs.slices))
+        ),
+        key=lambda one: one[2],
+    )
+    heavy, slice_, slot = max(
+        (
+            (name, n, one.weight_bytes)
+            for name, costs in models.items()
+            for n, one in enumerate(costs.slices)
+        ),
+        key=lambda one: one[2],
+    )
+    each = f" on each of {machine.lanes} threads" if machine.lanes > 1 else ""
+    return (
+        f"a budget of {format_bytes(machine.budget)} is too small: one row takes "
+        f"{format_bytes(need)}{each} in slice {number} of {name!r}, and the weights of slice "
+        f"{slice_} of {heavy!r} take {format_bytes(slot)}. To need less, seal with smaller "
+        "--slice-bytes or --memory-bytes"
+    )

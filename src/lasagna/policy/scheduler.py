@@ -26,9 +26,12 @@ from collections import deque
 from statistics import median
 from typing import Final, assert_never
 
+from lasagna.policy.arranging import Arranger
 from lasagna.policy.choice import Choice
+from lasagna.policy.costs import Forms
 from lasagna.policy.events import (
     Answer,
+    Arranged,
     Arrived,
     Cancelled,
     Command,
@@ -40,7 +43,7 @@ from lasagna.policy.events import (
     ModelAdded,
     ModelRemoved,
     Moved,
-    Pin,
+    Planned,
     Ran,
     Refuse,
     Rows,
@@ -48,8 +51,9 @@ from lasagna.policy.events import (
     RunFailed,
 )
 from lasagna.policy.fair import FairQueue, Shares, Waiting
-from lasagna.policy.memory import Machine, MemoryPlan, divide, waiting_rows
-from lasagna.policy.state import ModelState, Request, Settings, StageState
+from lasagna.policy.memory import MemoryPlan, require_fits
+from lasagna.policy.stages import Machine
+from lasagna.policy.state import ModelState, Request, Settings
 from lasagna.policy.story import Stories
 
 DEATHS: Final = 2
@@ -70,20 +74,23 @@ class Scheduler:
         self._settings = settings
         self._shares = Shares(settings.weights)
         self._models: dict[str, ModelState] = {}
+        self._forms: dict[str, Forms] = {}
         self._requests: dict[int, Request] = {}
         self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
         self._runs = 0
-        self._ready = False
-        self._changed = False  # models were added or removed since the plan was made
-        self._pins: deque[Pin] = deque()
-        self._choice = Choice(machine.entry_s, settings.patience_s)
-        self.plan: MemoryPlan | None = None
+        self._arranger = Arranger(machine, settings.style)
+        self._choice = Choice(machine.entry_s, settings.patience_s, in_order=settings.in_order)
         self.stories = Stories()
 
     @property
+    def plan(self) -> MemoryPlan | None:
+        """How the memory is divided now."""
+        return self._arranger.present
+
+    @property
     def prediction_error(self) -> float:
-        """Half of the stages' predictions were off by less than this share of late."""
-        errors = [s.correction.median_error for m in self._models.values() for s in m.stages]
+        """Half of the last runs took what was predicted to within this share; 0 before any."""
+        errors = self._choice.errors
         return median(errors) if errors else 0.0
 
     @property
@@ -115,13 +122,15 @@ class Scheduler:
             case ModelRemoved():
                 self._removed(event, commands)
             case Moved():
-                self._move(commands)
+                self._moved(event)
             case EnclaveLost():
                 self._lost(commands)
             case EnclaveReady():
-                self._ready = True
-                self._queue_pins()
-                self._move(commands)
+                self._arranger.enclave_ready()
+            case Planned():
+                self._arranger.planned(event)
+            case Arranged():
+                self._arranger.arranged(event.at_s)
             case _:
                 assert_never(event)
         self._dispatch(event.at_s, commands)
@@ -137,7 +146,7 @@ class Scheduler:
         if model is None:
             out.append(GiveUp(event.request, f"no model {event.model!r} is served here"))
             return
-        wait_s = self._backlog_s()
+        wait_s = self.backlog_s()
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
             out.append(Refuse(event.request, wait_s, reason))
@@ -148,6 +157,7 @@ class Scheduler:
             out.append(Refuse(event.request, wait_s, reason))
             return
         self._requests[event.request] = request
+        self._arranger.arrived(event.model, event.rows, event.at_s)
         model.outside.push(
             Waiting(
                 event.request,
@@ -185,7 +195,7 @@ class Scheduler:
         run, model, index, _ = self._running.pop(event.run)
         stage = model.stages[index]
         rows = sum(part.count for part in run.batch)
-        stage.correction.note(self._choice.profile_s(model, stage, rows), event.compute_s)
+        self._choice.note(model, stage, rows, event.compute_s)
         self._choice.loading.note(event.load_bytes / self._machine.load_rate, event.load_s)
         stage.held -= rows
         following = model.stages[index + 1] if index + 1 < len(model.stages) else None
@@ -224,8 +234,7 @@ class Scheduler:
         """Rows in the enclave begin anew, in the order of their requests, and alone if suspect."""
         suspects = {part.request for run, *_ in self._running.values() for part in run.batch}
         self._running.clear()
-        self._ready = False
-        self._pins.clear()
+        self._arranger.enclave_lost()
         for model in self._models.values():
             for stage in model.stages:
                 stage.waiting.clear()
@@ -236,7 +245,7 @@ class Scheduler:
             request.alone |= number in suspects
             if request.deaths >= DEATHS:
                 request.inside = 0
-                self._give_up(number, f"the enclave died {DEATHS} times with it", out)
+                self._give_up(number, "the enclave died twice with this request in it", out)
             else:
                 self._begin_anew(request)
 
@@ -256,67 +265,42 @@ class Scheduler:
 
     def _added(self, event: ModelAdded) -> None:
         assert event.model not in self._models
-        models = {name: model.costs for name, model in self._models.items()}
-        divide(models | {event.model: event.costs}, {}, self._machine)  # or it is refused here
-        self._models[event.model] = ModelState(event.model, event.costs, FairQueue(self._shares))
-        self._changed = True
+        forms = {**self._forms, event.model: event.forms}
+        require_fits(forms, self._machine, self._settings.style)
+        self._forms = forms
+        outside = FairQueue(self._shares)
+        self._models[event.model] = ModelState(event.model, event.forms[0], outside)
+        self._arranger.models_changed()
 
     def _removed(self, event: ModelRemoved, out: list[Command]) -> None:
         for number in [n for n, r in self._requests.items() if r.facts.model == event.model]:
             self._give_up(number, f"model {event.model!r} is no longer served", out)
         del self._models[event.model]
-        self._changed = True
+        self._forms = {name: forms for name, forms in self._forms.items() if name != event.model}
+        self._arranger.models_changed()
 
-    def _replan(self) -> None:
-        """Divide the memory anew. Nothing is in the enclave."""
-        self._changed = False
-        if not self._models:
-            self.plan = None
-            return
-        costs = {name: model.costs for name, model in self._models.items()}
-        self.plan = plan = divide(costs, {}, self._machine)
-        for name, model in self._models.items():
-            pinned, before = plan.pinned[name], None
-            stages = []
-            for one in plan.stages[name]:
-                streamed = sum(
-                    model.costs.slices[n].weight_bytes
-                    for n in range(one.first, one.last)
-                    if n not in pinned
-                )
-                room = waiting_rows(before, one) if before else 0
-                stages.append(StageState(one, streamed / self._machine.load_rate, room))
-                before = one
-            model.stages = stages
+    def _moved(self, event: Moved) -> None:
+        changed = self._arranger.moved(failed=event.failed)
+        if changed is not None and changed in self._models:
+            self._models[changed].weigh(self._arranger.present, self._machine.load_rate)
+
+    def _new_stages(self) -> None:
+        """The memory is divided anew; nothing is in the enclave."""
+        for model in self._models.values():
+            model.divide(self._arranger.present, self._machine.load_rate)
         self._choice.planned(self._models.values())
-
-    def _queue_pins(self) -> None:
-        self._pins.clear()
-        if self.plan is not None:
-            self._pins += [
-                Pin(name, number)
-                for name, numbers in self.plan.pinned.items()
-                for number in sorted(numbers)
-            ]
-
-    def _move(self, out: list[Command]) -> None:
-        """One slice at a time, so that service goes on meanwhile."""
-        if self._ready and self._pins:
-            out.append(self._pins.popleft())
 
     # What runs next.
 
     def _dispatch(self, now_s: float, out: list[Command]) -> None:
         """Fill the enclave's places: its lanes, and one more, so that weights are loaded ahead."""
-        if self._changed and not self._inside():
-            self._replan()
-            self._queue_pins()
-            self._move(out)
-        while self._ready and len(self._running) <= self._machine.lanes:
+        if self._arranger.step(self._forms, now_s, self._inside, out):
+            self._new_stages()
+        while self._arranger.open and len(self._running) <= self._machine.lanes:
             if any(self._exclusive(run) for run, *_ in self._running.values()):
                 return
             visit = self._choice.best(
-                self._models.values(), self._requests, now_s, admit=not self._changed
+                self._models.values(), self._requests, now_s, admit=self._arranger.admits
             )
             if visit is None:
                 return
@@ -327,8 +311,8 @@ class Scheduler:
             out.append(self._start(model, index, rows, now_s))
 
     def _inside(self) -> bool:
-        """Whether the enclave has rows."""
-        held = any(stage.held for model in self._models.values() for stage in model.stages)
+        """Whether the enclave has rows. Those that begin anew wait outside of it."""
+        held = any(stage.held for model in self._models.values() for stage in model.stages[1:])
         return held or bool(self._running)
 
     def _exclusive(self, run: Run) -> bool:
@@ -385,7 +369,7 @@ class Scheduler:
         self._requests[part.request].inside += count
         return part
 
-    def _backlog_s(self) -> float:
+    def backlog_s(self) -> float:
         """Work of the rows that wait outside, in seconds of the whole server."""
         return sum(
             model.outside.rows * self._choice.row_s(model) for model in self._models.values()

@@ -10,7 +10,8 @@ from typing import Final
 from lasagna.policy.costs import Correction, ModelCosts
 from lasagna.policy.events import Arrived, Rows
 from lasagna.policy.fair import FairQueue
-from lasagna.policy.memory import Stage
+from lasagna.policy.memory import MemoryPlan, Style
+from lasagna.policy.stages import Stage, waiting_rows
 
 NEVER: Final = float("inf")
 """A time that does not come."""
@@ -24,11 +25,15 @@ class Settings:
         queue_rows: that may wait outside the enclave; more are refused.
         patience_s: who has waited so long outside goes before all priorities and shares.
         weights: of tenants; those that are not named have 1.
+        style: what the division of the memory may make use of.
+        in_order: who came first is served first, whatever that costs.
     """
 
     queue_rows: int = 256
     patience_s: float = 10.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    style: Style = field(default_factory=Style)
+    in_order: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +72,7 @@ class StageState:
         waiting: rows at the cut, first come first.
         waiting_rows: how many they are.
         profile_s: seconds of computing by rows.
-        correction: of those.
+        correction: of those; by_rows: of batches of one size, where some have been measured.
     """
 
     plan: Stage
@@ -78,13 +83,47 @@ class StageState:
     waiting_rows: int = 0
     profile_s: dict[int, float] = field(default_factory=dict)
     correction: Correction = field(default_factory=Correction)
+    by_rows: dict[int, Correction] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class ModelState:
-    """A model that is served, and its requests outside the enclave."""
+    """A model that is served, and its requests outside the enclave.
+
+    ``costs`` are those of the form in which it runs. There are no stages before there is a plan.
+    """
 
     name: str
     costs: ModelCosts
     outside: FairQueue
     stages: list[StageState] = field(default_factory=list)
+
+    def divide(self, plan: MemoryPlan | None, load_rate: float) -> None:
+        """Take the stages of a plan; only rows that wait to begin anew are carried over."""
+        first = self.stages[0] if self.stages else None
+        self.stages = []
+        if plan is None or self.name not in plan.costs:
+            return
+        self.costs = plan.costs[self.name]
+        before: Stage | None = None
+        for one in plan.stages[self.name]:
+            room = waiting_rows(before, one) if before else 0
+            self.stages.append(StageState(one, 0.0, room))
+            before = one
+        if first is not None:
+            begins = self.stages[0]
+            begins.waiting = first.waiting
+            begins.waiting_rows = begins.held = first.waiting_rows
+        self.weigh(plan, load_rate)
+
+    def weigh(self, plan: MemoryPlan | None, load_rate: float) -> None:
+        """What each stage has to load, after pins have moved."""
+        assert plan is not None
+        pinned = plan.pinned[self.name]
+        for stage in self.stages:
+            streamed = sum(
+                self.costs.slices[n].weight_bytes
+                for n in range(stage.plan.first, stage.plan.last)
+                if n not in pinned
+            )
+            stage.load_s = streamed / load_rate

@@ -9,13 +9,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from lasagna.enclave.frames import DEFAULT_FRAME_LIMIT
 from lasagna.enclave.messages import (
-    DEFAULT_FRAME_LIMIT,
     KeysRequested,
     Load,
     Loaded,
@@ -28,7 +28,6 @@ from lasagna.errors import (
     EnclaveLostError,
     KeyRefusedError,
     LasagnaError,
-    ProtocolError,
     TrustError,
     UsageError,
 )
@@ -45,19 +44,26 @@ _MAX_SOCKET_PATH: Final = 107
 """``sun_path`` of unix(7) without its last byte."""
 _MESSAGE_BYTES: Final = 8 * KIB
 """More than MessagePack, capsule, id and error text add to a record and to a request."""
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 30.0
+PATIENCE: Final = 3
+"""So many deaths without an answer between them, and requests no longer wait for a restart."""
 _numbers: Final = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostConfig:
-    """How one model is served.
+    """How one enclave is run.
 
     Attributes:
-        budget: bytes of enclave memory.
-        threads: compute threads, each with a request of its own.
+        budget: bytes of enclave memory, for all its models.
+        threads: compute threads, each with a run of its own.
         intra_op_threads: threads within one layer.
-        max_batch: rows of one batch at most; the plan may allow fewer.
-        queue_limit: requests that may wait.
+        max_batch: rows of one request at most, and of one batch; the plan may allow fewer of these.
+        queue_limit: rows that may wait.
+        policy: name of the scheduling policy, one of ``policy.baselines.POLICIES``.
+        tenant_weights: shares of tenants at saturation; those that are not named have 1.
+        trace: file to record what runs when in, and traced_as: what that says of the enclave's EPC.
         frame_limit: longest frame between host and enclave, in bytes.
         start_timeout_s: for an enclave to connect and say hello.
         load_timeout_s: for it to decrypt and prepare the model.
@@ -68,8 +74,12 @@ class HostConfig:
     budget: Bytes
     threads: int = 1
     intra_op_threads: int = 1
-    max_batch: int = 8
-    queue_limit: int = 64
+    max_batch: int = 32
+    queue_limit: int = 256
+    policy: str = "lasagna"
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    trace: Path | None = None
+    traced_as: str = ""
     frame_limit: int = DEFAULT_FRAME_LIMIT
     start_timeout_s: float = 30.0
     load_timeout_s: float = 120.0
@@ -149,10 +159,10 @@ async def enclave_life(
 async def load_model(
     link: EnclaveLink, package: Path, relay: KeyRelay, config: HostConfig
 ) -> Loaded:
-    """Have the package's keys released to the enclave, and the model loaded.
+    """Have the package's keys released to the enclave. The model has no memory there yet.
 
     Args:
-        link: to an enclave that has no model.
+        link: to the enclave.
         package: an absolute path.
         relay: the way to the key broker.
         config: see ``HostConfig``.
@@ -160,7 +170,6 @@ async def load_model(
     Raises:
         KeyRefusedError: the keys were refused, by the broker or by the enclave.
         PackageError: the package is malformed or was tampered with.
-        BudgetError: the model does not fit the budget.
         ServiceError: the broker can't be reached.
         EnclaveError: the enclave died or failed.
     """
@@ -168,7 +177,7 @@ async def load_model(
     asked = await link.call(RequestKeys(link.next_id(), str(package)), KeysRequested, limit_s)
     grant = await relay.release(asked.request)
     try:
-        return await link.call(Load(link.next_id(), grant, config.max_batch), Loaded, limit_s)
+        return await link.call(Load(link.next_id(), grant), Loaded, limit_s)
     except TrustError as error:
         raise KeyRefusedError(f"the enclave refuses the key broker's answer: {error}") from None
 
@@ -185,26 +194,39 @@ async def stop_enclave(link: EnclaveLink, config: HostConfig) -> None:
         _log.warning("an enclave stays connected after it said that it stopped")
 
 
-def loaded_facts(public: ModelFacts, loaded: Loaded, frame_limit: int) -> ModelFacts:
-    """What is served, once the enclave has loaded the package that the host has read.
+def rows_limit(facts: ModelFacts, config: HostConfig) -> int:
+    """Rows that one request may have: what was wished for, and fits a frame sealed.
 
     Raises:
-        ProtocolError: it has loaded another one: the file changed in between.
         BudgetError: not even one row fits a frame.
     """
-    if loaded.model != public.digest:
-        raise ProtocolError("the package changed while it was loaded")
     row = max(
         sum(spec.row_bytes + RECORD_OVERHEAD + _MESSAGE_BYTES for spec in specs)
-        for specs in (public.inputs, public.outputs)
+        for specs in (facts.inputs, facts.outputs)
     )
-    rows = min(loaded.plan.max_batch, frame_limit // (row + _MESSAGE_BYTES))
+    wish = config.max_batch if facts.batchable else 1
+    rows = min(wish, config.frame_limit // (row + _MESSAGE_BYTES))
     if rows < 1:
         raise BudgetError(
-            f"one row takes {row} bytes sealed, a frame between host and enclave {frame_limit}: "
-            "raise the frame limit"
+            f"one row takes {row} bytes sealed, a frame between host and enclave "
+            f"{config.frame_limit}: raise the frame limit"
         )
-    return replace(public, plan=loaded.plan, max_rows=rows)
+    return rows
+
+
+def backoff_s(deaths: int) -> float:
+    """How long to wait before the enclave is started again: doubling, up to a limit.
+
+    Args:
+        deaths: in a row, without an answer to a request between them; at least 1.
+    """
+    assert deaths >= 1
+    return min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(deaths - 1, 30))
+
+
+def may_wait(deaths: int) -> bool:
+    """Whether requests may wait for an enclave that died so many times in a row."""
+    return deaths < PATIENCE
 
 
 async def _connected(

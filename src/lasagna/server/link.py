@@ -13,19 +13,15 @@ import logging
 import socket
 from typing import Any, Final, TypeVar, cast
 
-from lasagna.enclave.messages import (
+from lasagna.enclave.frames import (
     DEFAULT_FRAME_LIMIT,
     ERRORS,
     LENGTH,
-    PROTOCOL_VERSION,
-    Command,
-    Failed,
-    Hello,
-    Reply,
     decode_reply,
     encode_frame,
     frame_length,
 )
+from lasagna.enclave.messages import PROTOCOL_VERSION, Command, Failed, Hello, Reply
 from lasagna.errors import EnclaveError, EnclaveLostError, ProtocolError
 from lasagna.units import MIB
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
-from lasagna.enclave.messages import PlanFacts, SealedRows, Stats
+from lasagna.enclave.messages import SealedRows, Stats
 from lasagna.package.format import TensorSpec
+from lasagna.server.plan_facts import PlanFacts
 from lasagna.units import Bytes
 
 
@@ -65,12 +66,38 @@ class Statistics:
         counters: since the enclave was started.
         process_peak_bytes: most memory of its process that was resident at once, by the kernel's
             count; 0 if nobody can tell. The budget is a part of it only.
+        prediction_error: half of the scheduler's predictions of a run's time were off by less than
+            this share, of late.
     """
 
     budget_bytes: Bytes
     plan: PlanFacts
     counters: Stats
     process_peak_bytes: Bytes
+    prediction_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """How a request is to be served, by its sender's word. None of it is authenticated.
+
+    Attributes:
+        tenant: whose it is, among whom a server is shared fairly; empty for nobody in particular.
+        priority: higher goes first. From a gateway it is -4 to 4: Triton counts its levels from 1,
+            which goes first, and 9 of them have their default in the middle, here 0.
+        deadline_s: seconds from arrival within which the answer is worth something; None for no
+            limit. Above 0.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+STARTING_RETRY_S: Final = 1.0
+"""When to try again a model that is being started."""
+DEFAULT_SERVICE: Final = ServiceClass()
+"""Of a request that doesn't say."""
 
 
 class ServedModel(Protocol):
@@ -91,8 +118,19 @@ class ServedModel(Protocol):
         """What anybody may know of it."""
         ...
 
-    async def infer(self, request: SealedRows, timeout_s: float) -> tuple[tuple[bytes, ...], ...]:
+    async def infer(
+        self, request: SealedRows, timeout_s: float, service: ServiceClass = DEFAULT_SERVICE
+    ) -> tuple[tuple[bytes, ...], ...]:
         """Answer one request. A cancelled call leaves the queue.
+
+        A model with more work than it can hold refuses at once rather than to let everybody wait,
+        and so it does with a request that can't be answered before its deadline: both are an
+        ``OverloadedError`` with the time after which the queue has probably gone down.
+
+        Args:
+            request: to answer.
+            timeout_s: how long the caller waits.
+            service: who goes first, and what is not worth beginning.
 
         Returns:
             Sealed records by output and row.
@@ -100,7 +138,8 @@ class ServedModel(Protocol):
         Raises:
             InvalidInputError: it has more rows than the model takes.
             TrustError: its capsule or a record does not open in the enclave.
-            OverloadedError: the queue is full, or the time was too short.
+            OverloadedError: the queue is full, the deadline can't be met, or the time was too
+                short.
             EnclaveLostError: the enclave died with it twice.
             LasagnaError: why the model can't be served, if it has failed.
         """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lasagna.enclave.messages import DEFAULT_FRAME_LIMIT
+from lasagna.enclave.frames import DEFAULT_FRAME_LIMIT
 from lasagna.units import Bytes
 
 

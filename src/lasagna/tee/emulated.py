@@ -87,7 +87,7 @@ async def _observe(path: Path, limit_pages: int) -> None:
             else:
                 before = footprint.hot_bytes
                 await asyncio.to_thread(footprint.deduct)
-                if footprint.hot_bytes > before:
+                if footprint.hot_bytes != before:
                     _log.info(
                         "enclave %s: %s hot outside the emulated region, deducted from its limit",
                         path.stem,

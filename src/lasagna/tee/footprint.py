@@ -11,6 +11,7 @@ enclave would have, is left out.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -26,30 +27,34 @@ _EMULATOR: Final = "liblasagna_epc.so"
 _REFERENCED: Final = "Referenced:"
 
 
-def referenced_bytes(smaps: str, without: Sequence[tuple[int, int]]) -> Bytes:
-    """Bytes referenced since ``clear_refs``, over all mappings but some.
+def referenced_bytes(smaps: str, without: Sequence[tuple[int, int]]) -> tuple[Bytes, Bytes]:
+    """Bytes referenced since ``clear_refs``, over all mappings but some: anonymous, and of files.
 
     Args:
         smaps: text of ``/proc/PID/smaps``.
         without: start and size of ranges; a mapping that overlaps one is not counted.
     """
-    total, counted = 0, False
+    total, counted, of_file = [0, 0], False, False
     for line in smaps.splitlines():
         mapping = _MAPPING.fullmatch(line)
         if mapping:
             start, end = int(mapping[1], 16), int(mapping[2], 16)
             overlaps = any(start < s + size and s < end for s, size in without if size)
             shared = mapping[3] == "s"
+            of_file = mapping[4].startswith("/")
             counted = not overlaps and not shared and _EMULATOR not in mapping[4]
         elif counted and line.startswith(_REFERENCED):
-            total += int(line.split()[1]) * KIB
-    return Bytes(total)
+            total[of_file] += int(line.split()[1]) * KIB
+    return Bytes(total[0]), Bytes(total[1])
 
 
 class Footprint:
     """Measures a process's hot pages again and again, and deducts the most that it found.
 
-    The largest reading counts, so a process that rests for a while gets nothing back.
+    The largest reading counts, so a process that rests for a while gets nothing back. But the
+    kernel marks the pages of a file as referenced for all who map it: when another process starts
+    with the same libraries, a reading has its pages too. So of files the least of three readings in
+    a row counts, as soon as there are three.
     """
 
     def __init__(self, file: StatsFile, limit_pages: int) -> None:
@@ -63,10 +68,12 @@ class Footprint:
         self._limit_pages = limit_pages
         self._proc = Path(f"/proc/{file.path.stem}")
         self._hot = Bytes(0)
+        self._anonymous = self._files = 0
+        self._last: deque[int] = deque(maxlen=3)
 
     @property
     def hot_bytes(self) -> Bytes:
-        """The most that was referenced outside the region between two readings."""
+        """What is deducted now."""
         return self._hot
 
     def begin(self) -> None:
@@ -84,7 +91,12 @@ class Footprint:
             OSError: the process has ended, or is somebody else's.
         """
         own = self._file.read().own
-        found = referenced_bytes(self._proc.joinpath("smaps").read_text(), own)
-        self._hot = max(self._hot, found)
+        smaps = self._proc.joinpath("smaps").read_text()
+        anonymous, files = referenced_bytes(smaps, own)
+        self._anonymous = max(self._anonymous, anonymous)
+        self._last.append(files)
+        if len(self._last) == self._last.maxlen:
+            self._files = max(self._files, min(self._last))
+        self._hot = Bytes(self._anonymous + (self._files or max(self._last)))
         pages = max(MIN_PAGES, self._limit_pages - -(-self._hot // PAGE))
         self._file.set_limit(pages)

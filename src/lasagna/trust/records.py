@@ -10,9 +10,9 @@ moves records can delay or drop them, but not read, change, mix up or replay the
 Nonces are random, 96 bits, drawn by the caller for every sealing (NIST SP 800-38D, section 8.2.2).
 They are not made from the context: a task that is retried in a batch of another size gives slightly
 different activations, and two plaintexts under one nonce would reveal both and the authentication
-key. Section 8.3 allows 2^32 records under one key; one Infer makes at most
+key. Section 8.3 allows 2^32 records under one key; one part of a Run makes at most
 ``MAX_RECORDS_PER_REQUEST`` of them (:func:`require_record_budget`), so 4096 of a request are within
-it. Nothing counts across Infers: a host that repeats a task at will can go beyond, and
+it. Nothing counts across Runs: a host that repeats a task at will can go beyond, and
 docs/reference/records.md says how far it would have to.
 """
 
@@ -176,11 +176,11 @@ class RecordContext:
 
 
 def require_record_budget(rows: int, tensors: int) -> None:
-    """Refuse a request if one Infer of it would take more records than fit its keys' budget.
+    """Refuse rows if one run of them would take more records than fit their keys' budget.
 
     Args:
         rows: of the request.
-        tensors: how many tensors are sealed at the two ends of the Infer: inputs and outputs, or
+        tensors: how many tensors are sealed at the two ends of the run: inputs and outputs, or
             the activations at a cut in place of either.
 
     Raises:

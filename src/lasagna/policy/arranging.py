@@ -1,0 +1,234 @@
+"""When the enclave's memory is divided anew, and which pins move. Pure; part of the scheduler.
+
+A plan is made when the set of models changes, and again when the load's mix does. If other pins are
+enough they move one at a time, while service goes on. If another division promises much more, or
+the models have changed, nothing more is taken in until the enclave is empty, which takes a few
+visits; then it is arranged anew.
+
+=========  ==========  ============================================================================
+enclave    plan        what is done
+=========  ==========  ============================================================================
+absent     any         nothing until EnclaveReady
+ready      wanted      wait until nothing is inside; Arrange: to arranging
+arranging  any         wait for Arranged: to open
+open       present     runs; a Pin or Unpin at a time
+open       wanted      runs of what is inside, then as ready
+=========  ==========  ============================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Final
+
+from lasagna.policy.costs import Forms
+from lasagna.policy.events import Arrange, Command, Pin, Plan, Planned, Unpin
+from lasagna.policy.memory import MemoryPlan, Style, mean_s, shares
+from lasagna.policy.stages import Machine
+from lasagna.units import whole_pages
+
+MEMORY_S: Final = 10.0
+"""After so long a request counts for 1/e of a new one in the mix."""
+LOOK_S: Final = 2.0
+"""Between two looks at the mix."""
+SHIFT: Final = 0.1
+"""Share of the load that must have moved from some models to others to look for another plan."""
+REARRANGE_S: Final = 20.0
+"""Between two arrangements because of the mix: each holds requests up for some 100 ms."""
+REARRANGE_GAIN: Final = 0.15
+MOVE_GAIN: Final = 0.02
+"""Predicted gains that are worth an arrangement, and moving pins."""
+
+
+class Enclave(Enum):
+    """What the enclave is ready for."""
+
+    ABSENT = auto()
+    READY = auto()
+    ARRANGING = auto()
+    OPEN = auto()
+
+
+class Arranger:
+    """The plan in force, the one to come, and the pins on their way."""
+
+    def __init__(self, machine: Machine, style: Style) -> None:
+        """No enclave, no plan."""
+        self.present: MemoryPlan | None = None
+        self._machine = machine
+        self._style = style
+        self._enclave = Enclave.ABSENT
+        self._wanted: MemoryPlan | None = None
+        self._empty = False  # wanted: no model at all
+        self._stale = False
+        self._planning = False
+        self._planned_for: Mapping[str, float] = {}
+        self._looked_s = 0.0
+        self._arranged_s = -REARRANGE_S
+        self._demand: dict[str, float] = {}
+        self._noted_s = 0.0
+        self._moves: deque[Pin | Unpin] = deque()
+        self._moving: Pin | Unpin | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether runs may be sent."""
+        return self._enclave is Enclave.OPEN
+
+    @property
+    def admits(self) -> bool:
+        """Whether they may take in rows from outside."""
+        return self.open and self._wanted is None and not self._empty
+
+    def arrived(self, model: str, rows: int, now_s: float) -> None:
+        """Count a request into the mix."""
+        if now_s > self._noted_s:
+            decay = math.exp((self._noted_s - now_s) / MEMORY_S)
+            self._demand = {name: was * decay for name, was in self._demand.items()}
+            self._noted_s = now_s
+        self._demand[model] = self._demand.get(model, 0.0) + rows
+
+    def models_changed(self) -> None:
+        """A model came or went."""
+        self._stale = True
+
+    def enclave_ready(self) -> None:
+        """An enclave runs, and has nothing."""
+        self._enclave = Enclave.READY
+        self._wanted = self._wanted or self.present
+
+    def enclave_lost(self) -> None:
+        """It is gone, with its pins and moves."""
+        self._enclave = Enclave.ABSENT
+        self._moves.clear()
+        self._moving = None
+
+    def arranged(self, now_s: float) -> None:
+        """The last Arrange is done."""
+        self._enclave = Enclave.OPEN
+        self._arranged_s = now_s
+
+    def planned(self, event: Planned) -> None:
+        """Choose between the plan as it is, other pins, and another plan."""
+        self._planning = False
+        if self._stale:
+            return  # the models have changed meanwhile
+        present, kept = self.present, event.kept
+        if kept is None or present is None or set(event.best.costs) != set(present.costs):
+            self._wanted = event.best
+            return
+        demand = self._planned_for
+        due = event.at_s - self._arranged_s >= REARRANGE_S
+        if due and mean_s(event.best, demand) < (1 - REARRANGE_GAIN) * mean_s(kept, demand):
+            self._wanted = event.best
+            self._moves.clear()
+        elif not self._moving and mean_s(kept, demand) < (1 - MOVE_GAIN) * mean_s(present, demand):
+            self._moves = _moves(present, kept, self._machine)
+
+    def moved(self, *, failed: bool) -> str | None:
+        """The last move is done; the model of which other slices are pinned now."""
+        move, self._moving = self._moving, None
+        present = self.present
+        if move is None or failed or present is None:
+            return None
+        was = present.pinned[move.model]
+        now = was | {move.slice} if isinstance(move, Pin) else was - {move.slice}
+        size = whole_pages(present.costs[move.model].slices[move.slice].weight_bytes)
+        self.present = replace(
+            present,
+            pinned={**present.pinned, move.model: now},
+            pinned_bytes=present.pinned_bytes + (size if isinstance(move, Pin) else -size),
+        )
+        return move.model
+
+    def step(
+        self,
+        models: Mapping[str, Forms],
+        now_s: float,
+        inside: Callable[[], bool],
+        out: list[Command],
+    ) -> bool:
+        """Say what is to be done about memory now.
+
+        Args:
+            models: that are served.
+            now_s: the time.
+            inside: whether the enclave has rows or runs.
+            out: takes the commands.
+
+        Returns:
+            Whether the plan in force is another one now.
+        """
+        if self._wishes_plan(models, now_s):
+            self._planning, self._stale, self._looked_s = True, False, now_s
+            self._planned_for = shares(models, self._demand)
+            present = self._comparable(models)
+            out.append(Plan(models, self._planned_for, self._machine, self._style, present))
+        wants = self._wanted is not None or self._empty
+        if self._moving is not None or self._enclave not in (Enclave.READY, Enclave.OPEN):
+            return False
+        if wants and not inside():
+            self.present, self._wanted, self._empty = self._wanted, None, False
+            self._enclave = Enclave.ARRANGING
+            self._moves.clear()
+            out.append(Arrange(self.present))
+            return True
+        if self._enclave is Enclave.OPEN and self._moves and not wants:
+            self._moving = self._moves.popleft()
+            out.append(self._moving)
+        return False
+
+    def _comparable(self, models: Mapping[str, Forms]) -> MemoryPlan | None:
+        """The present plan, if it is for these models."""
+        present = self.present
+        return present if present is not None and set(present.costs) == set(models) else None
+
+    def _wishes_plan(self, models: Mapping[str, Forms], now_s: float) -> bool:
+        if self._stale and not models:
+            self._stale, self._wanted, self._empty = False, None, self.present is not None
+            return False
+        if self._planning or not models or self._enclave is Enclave.ABSENT:
+            return False
+        if self._stale:
+            return True
+        if not self.open or now_s - self._looked_s < LOOK_S or len(models) < 2:
+            return False
+        self._looked_s = now_s
+        now, then = shares(models, self._demand), self._planned_for
+        return _distance(now, then) > SHIFT
+
+
+def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Share of the load that differs."""
+    a, b = sum(one.values()) or 1.0, sum(other.values()) or 1.0
+    names = {**one, **other}
+    return sum(abs(one.get(n, 0.0) / a - other.get(n, 0.0) / b) for n in names) / 2
+
+
+def _moves(present: MemoryPlan, kept: MemoryPlan, machine: Machine) -> deque[Pin | Unpin]:
+    """From one set of pins to the other, never with more memory than there is."""
+
+    def size(name: str, number: int) -> int:
+        return whole_pages(present.costs[name].slices[number].weight_bytes)
+
+    room = machine.budget - present.total_bytes
+    leaving = deque(
+        (name, n)
+        for name in present.pinned
+        for n in sorted(present.pinned[name] - kept.pinned[name])
+    )
+    moves: deque[Pin | Unpin] = deque()
+    for name in kept.pinned:
+        for number in sorted(kept.pinned[name] - present.pinned[name]):
+            while leaving and room < size(name, number):
+                gone = leaving.popleft()
+                moves.append(Unpin(*gone))
+                room += size(*gone)
+            if room >= size(name, number):
+                moves.append(Pin(name, number))
+                room -= size(name, number)
+    return moves

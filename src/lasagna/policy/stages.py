@@ -1,0 +1,149 @@
+"""Dividing a model into stages: runs of slices with one largest batch each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+from lasagna.policy.costs import ModelCosts
+
+ROWS: Final = (1, 2, 4, 8, 16, 32)
+"""Batch sizes to choose from."""
+COPY_RATE: Final = 4e9
+"""Bytes a second that one thread copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the enclave has.
+
+    Attributes:
+        budget: bytes for everything that a plan names.
+        lanes: compute threads.
+        cores: processors for those and for loading.
+        load_rate: bytes a second that one thread decrypts.
+        entry_s: what a call into the enclave takes.
+        chunk_bytes: largest piece of ciphertext that a thread decrypts at once.
+    """
+
+    budget: int
+    lanes: int
+    cores: int
+    load_rate: float
+    entry_s: float
+    chunk_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Slices ``first`` to ``last``, exclusive, on up to ``rows`` rows at once."""
+
+    first: int
+    last: int
+    rows: int
+
+
+def stages_within(
+    costs: ModelCosts, machine: Machine, each: int, max_rows: int
+) -> tuple[Stage, ...]:
+    """Divide a model into stages of the least time a row, when all weights are streamed.
+
+    A dynamic program over the cuts: a stage costs its visit divided by the rows that all of its
+    slices can take within ``each`` bytes.
+    """
+    count = len(costs.slices)
+    limits = [_rows_within(costs, n, each, max_rows) for n in range(count)]
+    compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
+    load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
+    best = [0.0] + [float("inf")] * count
+    chosen = [(0, 1)] * (count + 1)
+    for last in range(1, count + 1):
+        limit = limits[last - 1]
+        for first in range(last - 1, -1, -1):
+            limit = min(limit, limits[first])
+            rows = (
+                limit if not first else _rows_gathered(costs, first, limits[first - 1], limit, each)
+            )
+            if not rows:
+                continue
+            compute_s = compute[rows][last] - compute[rows][first] + copy_s(costs, first, rows)
+            visit = _visit_s(compute_s, load[last] - load[first], machine)
+            total = best[first] + visit / rows
+            if total < best[last] - 1e-12:
+                best[last], chosen[last] = total, (first, rows)
+    stages: list[Stage] = []
+    last = count
+    while last:
+        first, rows = chosen[last]
+        stages.append(Stage(first, last, rows))
+        last = first
+    return tuple(reversed(stages))
+
+
+def one_stage(costs: ModelCosts, each: int, max_rows: int) -> tuple[Stage, ...]:
+    """The whole model as one stage."""
+    count = len(costs.slices)
+    return (Stage(0, count, min(_rows_within(costs, n, each, max_rows) for n in range(count))),)
+
+
+def _rows_gathered(costs: ModelCosts, cut: int, before: int, limit: int, size: int) -> int:
+    """The largest batch up to a limit whose rows may wait at a cut in so many bytes; 0 if none."""
+    fitting = [
+        rows
+        for rows in ROWS
+        if rows <= limit and costs.cut_bytes[cut] * (2 * rows + before - 1) <= size
+    ]
+    return max(fitting, default=0)
+
+
+def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
+    """Seconds of copying a batch's rows to a cut inside the model and from it again."""
+    return 2 * rows * costs.cut_bytes[cut] / COPY_RATE if cut else 0.0
+
+
+def _visit_s(compute_s: float, load_s: float, machine: Machine) -> float:
+    """Seconds of the server for one visit: of its lanes, or of its cores if these are short."""
+    entry = machine.entry_s
+    return max(
+        (max(compute_s, load_s) + entry) / machine.lanes, (compute_s + load_s) / machine.cores
+    )
+
+
+def request_s(
+    costs: ModelCosts, stages: Sequence[Stage], pinned: frozenset[int], machine: Machine
+) -> float:
+    """Seconds of the server for a request, when it is busy and batches are full."""
+    total = 0.0
+    for stage in stages:
+        streamed = sum(
+            costs.slices[n].weight_bytes for n in range(stage.first, stage.last) if n not in pinned
+        )
+        compute_s = costs.compute_at(stage.first, stage.last, stage.rows)
+        compute_s += copy_s(costs, stage.first, stage.rows)
+        total += _visit_s(compute_s, streamed / machine.load_rate, machine) / stage.rows
+    return total
+
+
+def waiting_rows(before: Stage, after: Stage) -> int:
+    """Rows that may be at the cut between two stages at once.
+
+    One batch of the next stage runs, or is about to, another gathers, and a batch of the stage
+    before arrives.
+    """
+    return 2 * after.rows + before.rows - 1
+
+
+def _rows_within(costs: ModelCosts, number: int, size: int, max_rows: int) -> int:
+    fitting = [
+        rows
+        for rows in ROWS
+        if rows <= min(costs.max_rows, max_rows)
+        and costs.bytes_at(number, number + 1, rows) <= size
+    ]
+    return max(fitting, default=1)
+
+
+def _sums(values: Iterable[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))
