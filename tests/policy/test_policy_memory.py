@@ -64,7 +64,7 @@ def test_a_division_fits_or_is_refused(
             else:
                 streamed = max(streamed, one.weight_bytes)
         for before, after in pairwise(stages):
-            waits = costs.cut_bytes[after.first] * waiting_rows(before, after)
+            waits = costs.cut_bytes[after.first] * waiting_rows(before, after, lanes)
             assert waits <= plan.waiting_bytes
     assert pinned == plan.pinned_bytes
     assert streamed <= plan.slot_bytes

@@ -59,7 +59,8 @@ async def test_one_bad_row_fails_nobody_else_in_its_batch(lookup: Rig) -> None:
             assert isinstance(answer, np.ndarray)
             np.testing.assert_allclose(answer, plain.run(None, one)[0], rtol=1e-4, atol=1e-6)
     after = (await lookup.host.statistics(5.0)).counters
-    # Two at once, then a batch of four, which fails, then its requests one by one; Forget; GetStats.
+    # Two at once, then a batch of four, which fails, then its requests one by one; then Forget
+    # and GetStats.
     assert after.entries - before.entries == 2 + 1 + 4 + 1 + 1
     assert len(lookup.backend.started) == 1
 

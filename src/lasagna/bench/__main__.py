@@ -20,6 +20,7 @@ from lasagna.errors import LasagnaError
 
 BENCHMARKS: Final[dict[str, str]] = {
     "baseline": "lasagna.bench.baseline",
+    "local": "lasagna.bench.local",
     "epc": "lasagna.bench.epc",
     "overhead": "lasagna.bench.overhead",
     "policy": "lasagna.bench.policy",

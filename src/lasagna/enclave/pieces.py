@@ -123,6 +123,16 @@ class Courses:
             default=NEVER,
         )
 
+    def behind(self, held: int, piece: int) -> bool:
+        """Whether a run on the same way, behind who wants a piece, still needs the one held.
+
+        It will need the wanted one as well, so who is ahead waits for it, and one load serves both.
+        The run that is furthest behind waits for nobody.
+        """
+        return any(
+            course.running and course.at <= held < piece < course.last for course in self.announced
+        )
+
 
 @dataclass(slots=True)
 class LoadCounters:

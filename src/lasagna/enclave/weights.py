@@ -308,6 +308,8 @@ class Weights:
         for slot in (own, *self._slots):
             if slot.users or slot.missing:
                 continue
+            if urgent and self._courses.behind(slot.holds, piece):
+                continue
             distance = self._slot_distance(slot)
             if distance > furthest:
                 chosen, furthest = slot, distance

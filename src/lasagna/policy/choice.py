@@ -16,15 +16,19 @@ ERRORS_KEPT: Final = 1000
 class Choice:
     """Predicts visits and compares them. See ``policy.scheduler`` for the rule."""
 
-    def __init__(self, entry_s: float, patience_s: float, *, in_order: bool = False) -> None:
+    def __init__(
+        self, entry_s: float, patience_s: float, lanes: int = 1, *, in_order: bool = False
+    ) -> None:
         """Nothing is planned.
 
         Args:
             entry_s: what a call into the enclave takes.
             patience_s: who has waited so long is urgent.
+            lanes: runs of one gang.
             in_order: who came first goes first, whatever that costs.
         """
         self._in_order = in_order
+        self._lanes = lanes
         self.loading = Correction()
         self.errors: deque[float] = deque(maxlen=ERRORS_KEPT)
         self._entry_s = entry_s
@@ -100,7 +104,7 @@ class Choice:
         for model in models:
             for index, stage in enumerate(model.stages):
                 outside = model.outside.rows if admit and not index else 0
-                rows = min(stage.waiting_rows + outside, stage.plan.rows)
+                rows = min(stage.waiting_rows + outside, self._lanes * stage.plan.rows)
                 if index + 1 < len(model.stages):
                     following = model.stages[index + 1]
                     rows = min(rows, following.capacity - following.held)
@@ -132,8 +136,7 @@ class Choice:
             slack_s = deadline_s - now_s - self.through_s(model, index)
             if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
                 return (1.0, deadline_s)
-        full = stage.plan.rows
-        efficiency = (
-            rows * self.visit_s(model, stage, full) / (full * self.visit_s(model, stage, rows))
-        )
+        full, each = stage.plan.rows, -(-rows // self._lanes)
+        share = rows / (self._lanes * full)
+        efficiency = share * self.visit_s(model, stage, full) / self.visit_s(model, stage, each)
         return (2.0, -round(efficiency, 6), -index, since_s)

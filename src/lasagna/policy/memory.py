@@ -162,7 +162,7 @@ class _Search:
             workspace = int(workspace * SHARED_ARENA_MARGIN)
         workspace += sum(costs.copies_bytes for costs in models.values())
         inputs = max(models[name].cut_bytes[0] * stages[name][0].rows for name in models)
-        waiting = sum(_waiting(models[name], stages[name]) for name in models)
+        waiting = sum(_waiting(models[name], stages[name], machine.lanes) for name in models)
         largest = max(one.weight_bytes for costs in models.values() for one in costs.slices)
         plan = MemoryPlan(
             costs=models,
@@ -170,7 +170,7 @@ class _Search:
             pinned={},
             slots=0,
             slot_bytes=0,
-            input_slots=machine.lanes + 1 if apart else 0,
+            input_slots=2 * machine.lanes if apart else 0,
             input_bytes=whole_pages(inputs) if apart else 0,
             lanes=machine.lanes,
             activation_bytes=whole_pages(activations),
@@ -364,9 +364,9 @@ def _slots(room: int, slot: int, streamed: int, *, pin: bool) -> int:
     return 2 if slots == 1 and room >= 2 * slot and streamed > 1 else slots
 
 
-def _waiting(costs: ModelCosts, stages: Sequence[Stage]) -> int:
+def _waiting(costs: ModelCosts, stages: Sequence[Stage], lanes: int) -> int:
     return sum(
-        whole_pages(costs.cut_bytes[after.first] * waiting_rows(before, after))
+        whole_pages(costs.cut_bytes[after.first] * waiting_rows(before, after, lanes))
         for before, after in pairwise(stages)
     )
 

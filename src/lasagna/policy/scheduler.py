@@ -79,7 +79,9 @@ class Scheduler:
         self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
         self._runs = 0
         self._arranger = Arranger(machine, settings.style)
-        self._choice = Choice(machine.entry_s, settings.patience_s, in_order=settings.in_order)
+        self._choice = Choice(
+            machine.entry_s, settings.patience_s, machine.lanes, in_order=settings.in_order
+        )
         self.stories = Stories()
 
     @property
@@ -293,7 +295,10 @@ class Scheduler:
     # What runs next.
 
     def _dispatch(self, now_s: float, out: list[Command]) -> None:
-        """Fill the enclave's places: its lanes, and one more, so that weights are loaded ahead."""
+        """Fill the enclave's places: a gang that runs, and one more, to be loaded ahead for.
+
+        A gang is a run on each lane of the same stage, so that one load of weights serves all.
+        """
         if self._arranger.step(self._forms, now_s, self._inside, out):
             self._new_stages()
         while self._arranger.open and len(self._running) <= self._machine.lanes:
@@ -308,7 +313,14 @@ class Scheduler:
             head = self._head(model, index, now_s)
             if self._requests[head].deaths and self._running:
                 return
-            out.append(self._start(model, index, rows, now_s))
+            for lane in range(self._machine.lanes):
+                share = min(model.stages[index].plan.rows, -(-rows // (self._machine.lanes - lane)))
+                if share:
+                    run = self._start(model, index, share, now_s)
+                    out.append(run)
+                    rows -= sum(part.count for part in run.batch)
+                    if self._exclusive(run):
+                        return
 
     def _inside(self) -> bool:
         """Whether the enclave has rows. Those that begin anew wait outside of it."""

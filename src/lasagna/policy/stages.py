@@ -11,6 +11,8 @@ from lasagna.policy.costs import ModelCosts
 
 ROWS: Final = (1, 2, 4, 8, 16, 32)
 """Batch sizes to choose from."""
+SLICE_S: Final = 0.00012
+"""What calling a slice costs beside computing: binding, locks, and Python's threads in turn."""
 COPY_RATE: Final = 4e9
 """Bytes a second that one thread copies."""
 
@@ -26,6 +28,7 @@ class Machine:
         load_rate: bytes a second that one thread decrypts.
         entry_s: what a call into the enclave takes.
         chunk_bytes: largest piece of ciphertext that a thread decrypts at once.
+        width: threads that compute one batch together.
     """
 
     budget: int
@@ -34,6 +37,7 @@ class Machine:
     load_rate: float
     entry_s: float
     chunk_bytes: int = 1 << 20
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ def stages_within(
     """
     count = len(costs.slices)
     limits = [_rows_within(costs, n, each, max_rows) for n in range(count)]
-    compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
+    compute = {rows: _sums(SLICE_S + one.compute_at(rows) for one in costs.slices) for rows in ROWS}
     load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
     best = [0.0] + [float("inf")] * count
     chosen = [(0, 1)] * (count + 1)
@@ -63,9 +67,10 @@ def stages_within(
         limit = limits[last - 1]
         for first in range(last - 1, -1, -1):
             limit = min(limit, limits[first])
-            rows = (
-                limit if not first else _rows_gathered(costs, first, limits[first - 1], limit, each)
-            )
+            rows = limit
+            if first:
+                before, size = limits[first - 1], machine.lanes * each
+                rows = _rows_gathered(costs, first, before, limit, size, machine.lanes)
             if not rows:
                 continue
             compute_s = compute[rows][last] - compute[rows][first] + copy_s(costs, first, rows)
@@ -88,12 +93,14 @@ def one_stage(costs: ModelCosts, each: int, max_rows: int) -> tuple[Stage, ...]:
     return (Stage(0, count, min(_rows_within(costs, n, each, max_rows) for n in range(count))),)
 
 
-def _rows_gathered(costs: ModelCosts, cut: int, before: int, limit: int, size: int) -> int:
+def _rows_gathered(
+    costs: ModelCosts, cut: int, before: int, limit: int, size: int, lanes: int
+) -> int:
     """The largest batch up to a limit whose rows may wait at a cut in so many bytes; 0 if none."""
     fitting = [
         rows
         for rows in ROWS
-        if rows <= limit and costs.cut_bytes[cut] * (2 * rows + before - 1) <= size
+        if rows <= limit and costs.cut_bytes[cut] * lanes * (2 * rows + before) <= size
     ]
     return max(fitting, default=0)
 
@@ -104,11 +111,14 @@ def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
 
 
 def _visit_s(compute_s: float, load_s: float, machine: Machine) -> float:
-    """Seconds of the server for one visit: of its lanes, or of its cores if these are short."""
-    entry = machine.entry_s
-    return max(
-        (max(compute_s, load_s) + entry) / machine.lanes, (compute_s + load_s) / machine.cores
-    )
+    """Seconds of the server for one run: of its lanes, or of its cores if these are short.
+
+    Runs go in gangs, one on each lane, and share what is loaded.
+    """
+    lanes = machine.lanes
+    busy = compute_s + load_s / lanes + machine.entry_s
+    alone = max(compute_s / machine.width, load_s) + machine.entry_s
+    return max(alone / lanes, busy / machine.cores)
 
 
 def request_s(
@@ -122,17 +132,18 @@ def request_s(
         )
         compute_s = costs.compute_at(stage.first, stage.last, stage.rows)
         compute_s += copy_s(costs, stage.first, stage.rows)
+        compute_s += SLICE_S * (stage.last - stage.first)
         total += _visit_s(compute_s, streamed / machine.load_rate, machine) / stage.rows
     return total
 
 
-def waiting_rows(before: Stage, after: Stage) -> int:
+def waiting_rows(before: Stage, after: Stage, lanes: int) -> int:
     """Rows that may be at the cut between two stages at once.
 
-    One batch of the next stage runs, or is about to, another gathers, and a batch of the stage
-    before arrives.
+    A gang of the next stage runs, or is about to, another gathers, and one of the stage before
+    arrives.
     """
-    return 2 * after.rows + before.rows - 1
+    return lanes * (2 * after.rows + before.rows) - 1
 
 
 def _rows_within(costs: ModelCosts, number: int, size: int, max_rows: int) -> int:

@@ -107,7 +107,7 @@ class ModelState:
         self.costs = plan.costs[self.name]
         before: Stage | None = None
         for one in plan.stages[self.name]:
-            room = waiting_rows(before, one) if before else 0
+            room = waiting_rows(before, one, plan.lanes) if before else 0
             self.stages.append(StageState(one, 0.0, room))
             before = one
         if first is not None:

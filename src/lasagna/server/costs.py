@@ -75,8 +75,15 @@ def _slice(facts: SliceFacts, reach: int) -> SliceCosts:
     return SliceCosts(facts.weight_bytes, seconds, facts.workspace)
 
 
-def machine_of(budget: int, lanes: int, *, paged: bool = False) -> Machine:
-    """What an enclave on this machine has."""
+def machine_of(budget: int, lanes: int, width: int = 1, *, paged: bool = False) -> Machine:
+    """What an enclave on this machine has.
+
+    Args:
+        budget: bytes of enclave memory.
+        lanes: compute threads, each with a batch of its own.
+        width: threads that compute one batch together.
+        paged: the budget is not kept.
+    """
     return Machine(
         budget=UNLIMITED if paged else budget,
         lanes=lanes,
@@ -84,6 +91,7 @@ def machine_of(budget: int, lanes: int, *, paged: bool = False) -> Machine:
         load_rate=LOAD_RATE,
         entry_s=ENTRY_S,
         chunk_bytes=CHUNK_BYTES,
+        width=width,
     )
 
 
@@ -109,7 +117,7 @@ def arrange_message(id_: int, plan: MemoryPlan | None, digests: Mapping[str, byt
                         one.first,
                         one.last,
                         one.rows,
-                        waiting_rows(before, one) if before is not None else 0,
+                        waiting_rows(before, one, plan.lanes) if before is not None else 0,
                     )
                     for before, one in zip(befores, stages, strict=False)
                 ),

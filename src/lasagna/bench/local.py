@@ -1,0 +1,248 @@
+"""The local scheduler against its baselines: one server, one enclave, an emulated EPC.
+
+Every policy is alive at once and takes its turns in rounds that alternate: closed loops that keep
+the server saturated, then the same Poisson arrivals for all at 70 % of what vanilla can take.
+*Native* is plain ONNX Runtime with dynamic batching, unprotected, at its best batch size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import numpy as np
+import onnxruntime as ort
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+
+from lasagna.bench.load import Infer, play, poisson, saturate, sequence
+from lasagna.bench.local_report import Row, bars_of, facts_of, figure_of
+from lasagna.bench.native_batch import NativeBatcher
+from lasagna.bench.plain_session import native_session
+from lasagna.bench.report import Result
+from lasagna.bench.served import SealedModel, Served
+from lasagna.enclave.messages import Stats
+from lasagna.errors import LasagnaError
+from lasagna.models.seal import SealOptions, seal
+from lasagna.models.source import open_session, prepare, random_inputs
+from lasagna.models.zoo.catalog import load
+from lasagna.policy.baselines import POLICIES
+from lasagna.server.lifecycle import HostConfig
+from lasagna.tee.emulated import choose_backend
+from lasagna.tee.epc import why_not
+from lasagna.tee.epc_profiles import End, Profile, profile
+from lasagna.units import Bytes
+
+BESIDE_BYTES: Final = 20_000_000
+"""EPC for what is not in a plan: interpreter, sessions, frames, hot code. Faults would show if it
+were too little."""
+SCENARIOS: Final[dict[str, dict[str, float]]] = {
+    "alexnet": {"alexnet": 1},
+    "vgg19": {"vgg19": 1},
+    "resnet50": {"resnet50": 1},
+    "inception_v2": {"inception_v2": 1},
+    "densenet121": {"densenet121": 1},
+    "minilm": {"minilm": 1},
+    "four small": {"squeezenet": 1, "shufflenet": 1, "efficientnet-lite0": 1, "inception_v1": 1},
+    "vgg19 + resnet50": {"vgg19": 1, "resnet50": 1},
+    "one hot, six cold": {
+        "resnet50": 14,
+        "squeezenet": 1,
+        "alexnet": 1,
+        "inception_v2": 1,
+        "densenet121": 1,
+        "vgg19": 1,
+        "zfnet512": 1,
+    },
+}
+QUICK: Final = ("alexnet", "resnet50", "four small")
+OUTSTANDING: Final = {"lasagna": 96, "dynamic-batch": 96, "native": 96}
+FEW: Final = 4
+"""Requests that policies are kept busy with that gain nothing from more."""
+SEED: Final = 11
+LOAD_SHARE: Final = 0.7
+ANSWER_S: Final = 300.0
+PROFILES: Final = ("sgx1-128", "sgx2-512")
+
+
+@dataclass(slots=True)
+class _Models:
+    """Everything that is made once for a model."""
+
+    sealed: dict[str, SealedModel] = field(default_factory=dict)
+    sessions: dict[str, ort.InferenceSession] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, folder: Path) -> None:
+        """Seal it, and open it in plain ONNX Runtime."""
+        if name in self.sealed:
+            return
+        source = prepare(load(name, seed=1))
+        path = folder / f"{name}.lsg"
+        owner = Ed25519PrivateKey.generate()
+        keys, report = seal(source, name, owner, path, SealOptions(portable=False))
+        inputs = random_inputs(open_session(source), 1, np.random.default_rng(1))
+        self.sealed[name] = SealedModel(name, path, keys, inputs)
+        self.sessions[name] = native_session(source)
+        self.weights[name] = report.manifest.variants[0].weight_bytes
+
+
+def run(*, quick: bool) -> Result:
+    """Measure all scenarios, or three."""
+    reason = why_not()
+    if reason is not None:
+        raise LasagnaError(f"no emulator here: {reason}")
+    return asyncio.run(_run(quick=quick))
+
+
+async def _run(*, quick: bool) -> Result:
+    console = Console(stderr=True)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
+        folder, models = Path(made), _Models()
+        for name in QUICK if quick else SCENARIOS:
+            mix = SCENARIOS[name]
+            with console.status(f"{name}: sealing ..."):
+                for model in mix:
+                    models.add(model, folder)
+            for epc in PROFILES[: 1 if quick else 2]:
+                for threads in (1, 2):
+                    with console.status(f"{name}, {threads} threads, {epc}: measuring ..."):
+                        row = await _scenario(name, threads, epc, models, folder, quick=quick)
+                    rows.append(row)
+                    console.print(row.line(), highlight=False)
+    return Result(
+        samples={
+            f"{row.title}, {what}": values
+            for row in rows
+            for what, values in row.throughputs.items()
+        },
+        bars=bars_of(rows),
+        extra={
+            "unit": "answers a second, saturated",
+            "emulated": "the EPC: real page traffic, charges as published",
+            "scenarios": {row.title: facts_of(row) for row in rows},
+        },
+        figure=figure_of([row for row in rows if row.epc == PROFILES[0]]),
+    )
+
+
+async def _scenario(
+    name: str, threads: int, epc_name: str, models: _Models, folder: Path, *, quick: bool
+) -> Row:
+    mix, epc = SCENARIOS[name], profile(epc_name)
+    seconds, rounds = (3.0, 1) if quick else (5.0, 3)
+    ends: tuple[End, ...] = ("typical", "low") if epc_name == PROFILES[0] else ("typical",)
+    weights = sum(models.weights[model] for model in mix)
+    row = Row(name, threads, epc_name, weights, epc.costs().epc_bytes)
+    native = NativeBatcher(
+        {model: models.sessions[model] for model in mix},
+        {model: models.sealed[model].inputs for model in mix},
+        threads,
+    )
+    order = sequence(mix, 997, SEED)
+    async with AsyncExitStack() as stack:
+        served = {
+            policy: await stack.enter_async_context(
+                await _start(policy, mix, threads, epc, models, folder)
+            )
+            for policy in POLICIES
+        }
+        for policy, one in served.items():
+            row.lone_s[policy] = await _lone(one, mix)
+        for number in range(rounds):
+            names = list(served) if number % 2 == 0 else list(reversed(served))
+            outcome = await saturate(native.infer, order, 96, seconds)
+            row.throughputs.setdefault("native", []).append(outcome.throughput)
+            for policy in names:
+                for end in ends:
+                    await _turn(row, policy, end, served[policy], epc, order, seconds)
+        rate = LOAD_SHARE * median(row.throughputs["vanilla typical"])
+        arrivals = poisson(mix, rate, min(10.0 if quick else 60.0, 100 / rate), SEED)
+        for policy, one in served.items():
+            _charge(one, epc, "typical")
+            row.open_loops[policy] = await play(_asking(one), arrivals)
+    return row
+
+
+async def _start(
+    policy: str, mix: Mapping[str, float], threads: int, epc: Profile, models: _Models, folder: Path
+) -> Served:
+    costs = epc.costs()
+    backend, reason = choose_backend(costs)
+    assert reason is None
+    sockets = folder / "sockets"
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    config = HostConfig(
+        budget=Bytes(costs.epc_bytes - BESIDE_BYTES),
+        threads=threads,
+        policy=policy,
+        queue_limit=4096,
+        answer_timeout_s=ANSWER_S,
+    )
+    return Served([models.sealed[name] for name in mix], config, backend, sockets)
+
+
+async def _lone(one: Served, mix: Mapping[str, float]) -> float:
+    """Seconds of a request that has the server to itself: the mix's mean."""
+    total = 0.0
+    for name, share in mix.items():
+        await one.infer(name, ANSWER_S)
+        begin = time.perf_counter()
+        await one.infer(name, ANSWER_S)
+        total += share * (time.perf_counter() - begin)
+    return total / sum(mix.values())
+
+
+async def _turn(
+    row: Row, policy: str, end: End, one: Served, epc: Profile, order: list[str], seconds: float
+) -> None:
+    _charge(one, epc, end)
+    model = next(iter(one.host.models.values()))
+    file = one.epc
+    assert file is not None
+    before, faults = (await model.statistics(ANSWER_S)).counters, file.read().faults
+    outcome = await saturate(
+        _asking(one), order, OUTSTANDING.get(policy, FEW), seconds, at_least=FEW
+    )
+    told = await model.statistics(ANSWER_S)
+    row.throughputs.setdefault(f"{policy} {end}", []).append(outcome.throughput)
+    if end == "typical":
+        row.saturated[policy] = outcome
+        row.counts[policy] = _counts(before, told.counters, file.read().faults - faults)
+        row.counts[policy]["prediction error"] = told.prediction_error
+
+
+def _counts(before: Stats, after: Stats, faults: int) -> dict[str, float]:
+    def more(name: str) -> int:
+        return int(getattr(after, name)) - int(getattr(before, name))
+
+    rows, tasks = max(1, more("rows")), max(1, more("row_slices"))
+    return {
+        "loads a task": more("loads") / tasks,
+        "MB loaded a request": more("loaded_bytes") / rows / 1e6,
+        "entries a task": more("entries") / tasks,
+        "entries a request": more("entries") / rows,
+        "rows of a batch": more("row_slices") / max(1, more("slice_runs")),
+        "faults a request": faults / rows,
+    }
+
+
+def _charge(one: Served, epc: Profile, end: End) -> None:
+    file = one.epc
+    assert file is not None
+    file.set_charges(epc.costs(end))
+
+
+def _asking(one: Served) -> Infer:
+    async def infer(model: str) -> None:
+        await one.infer(model, ANSWER_S)
+
+    return infer
