@@ -70,7 +70,7 @@ class BudgetError(LasagnaError):
 
 
 class RequestError(LasagnaError):
-    """One request can't be served; others are not affected (see ``policy.scheduler`` for batches)."""
+    """One request can't be served; others aren't affected (``policy.scheduler``, for batches)."""
 
 
 class ModelNotFoundError(RequestError):
