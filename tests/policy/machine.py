@@ -97,6 +97,7 @@ class Enclave:
     given_up: dict[int, str] = field(default_factory=dict)
     pinned: set[tuple[str, int]] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
+    forgotten: set[int] = field(default_factory=set)
     arranged: int = 0
     moves: int = 0
     _queue: list[Run] = field(default_factory=list)
@@ -154,6 +155,7 @@ class Enclave:
                     self.moves += 1
                     self.tell(Moved(self.now_s))
                 case Forget(request):
+                    self.forgotten.add(request)
                     running = {
                         (part.request, row)
                         for run in (*self._queue, *(r for *_, r in self._ends))
@@ -210,7 +212,7 @@ class Enclave:
         for part in run.batch:
             for row in range(part.first, part.first + part.count):
                 self._at[part.request, row] = run.first if failed else run.last
-                if last and not failed:
+                if (last and not failed) or part.request in self.forgotten:
                     del self._at[part.request, row]
         rows = sum(part.count for part in run.batch)
         compute_s = self.factor * self.models[run.model].compute_at(run.first, run.last, rows)

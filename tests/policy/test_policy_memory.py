@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -88,5 +89,20 @@ def test_the_hot_model_is_pinned_before_the_cold_ones() -> None:
 
 
 def test_a_shortage_is_named() -> None:
-    with pytest.raises(BudgetError, match=r"5.00 MB is too small: .* slice 0 of 'a' take 6.00 MB"):
+    with pytest.raises(
+        BudgetError, match=r"'a' needs a budget of 8.1\d MB .* 5.00 MB.* slice 0 of 'a' take 6.00"
+    ):
         divide({"a": (linear([6 * MB], [1000], [0.1]),)}, {}, machine(5 * MB))
+
+
+@settings(deadline=None)
+@given(chains(), st.integers(1, 3))
+def test_the_budget_that_a_refusal_names_is_enough(costs: ModelCosts, lanes: int) -> None:
+    with pytest.raises(BudgetError) as refused:
+        divide({"a": (costs,)}, {}, machine(1, lanes))
+    named = re.search(r"a budget of ([\d.]+) MB or more", str(refused.value))
+    assert named
+    budget = round(float(named[1]) * 1e6)
+    assert divide({"a": (costs,)}, {}, machine(budget, lanes)).total_bytes <= budget
+    with pytest.raises(BudgetError):
+        divide({"a": (costs,)}, {}, machine(budget - 20_000, lanes))

@@ -247,7 +247,7 @@ async def test_a_budget_that_is_too_small(
     model: Model, broker: InsecureBroker, tmp_path: Path
 ) -> None:
     async with hosting(model.package, broker, tmp_path, budget=Bytes(100 * KIB)) as rig:
-        await refused(rig, BudgetError, "a budget of 102 kB is too small")
+        await refused(rig, BudgetError, "needs a budget of")
 
 
 # Stopping.

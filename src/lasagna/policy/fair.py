@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
+
+TENANTS_KEPT: Final = 1024
+"""So many tenants are remembered at least: anybody may invent names."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class Shares:
         assert all(weight > 0 for weight in weights.values())
         self._weights = dict(weights)
         self._times: dict[str, float] = {}
+        self._most = TENANTS_KEPT
         self._now = 0.0
 
     def woke(self, tenant: str) -> None:
@@ -58,6 +63,9 @@ class Shares:
         start = max(self._times.get(tenant, 0.0), self._now)
         self._now = start
         self._times[tenant] = start + work_s / self._weights.get(tenant, 1.0)
+        if len(self._times) > self._most:  # one that is not ahead is as good as unknown
+            self._times = {name: time for name, time in self._times.items() if time > start}
+            self._most = max(TENANTS_KEPT, 2 * len(self._times))
 
 
 class FairQueue:

@@ -128,8 +128,8 @@ class _Search:
         """The best division with each model in this form."""
         best: MemoryPlan | None = None
         best_s = float("inf")
-        each = GRID_FROM
         most = max(1, self.machine.budget // self.machine.lanes)
+        each = 0  # batches of one row, then more
         while each < most * GRID:
             for staged in (True, False) if self.style.staged else (False,):
                 for apart in (True, False):
@@ -142,7 +142,7 @@ class _Search:
                 if seconds < best_s - 1e-12:
                     best, best_s = plan, seconds
                 break  # without stages only where what waits between them takes too much
-            each = int(each * GRID)
+            each = max(GRID_FROM, int(each * GRID))
         return best
 
     def seconds(self, plan: MemoryPlan) -> float:
@@ -297,7 +297,7 @@ def divide(
     chosen = {name: forms[0] for name, forms in models.items()}
     best = search.best(chosen)
     if best is None:
-        raise BudgetError(_shortage(chosen, machine))
+        raise BudgetError(_shortage(search, chosen))
     if style.whole:
         for name in sorted(models, key=lambda name: (-weights[name], name)):
             for form in reversed(models[name][1:]):
@@ -317,7 +317,7 @@ def require_fits(models: Mapping[str, Forms], machine: Machine, style: Style | N
     chosen = {name: forms[0] for name, forms in models.items()}
     search = _Search(machine, dict.fromkeys(models, 1.0), style or Style())
     if search._divide(chosen, 0, staged=False, apart=False) is None:
-        raise BudgetError(_shortage(chosen, machine))
+        raise BudgetError(_shortage(search, chosen))
 
 
 def repin(plan: MemoryPlan, demand: Mapping[str, float], machine: Machine) -> MemoryPlan:
@@ -359,6 +359,7 @@ def shares(models: Iterable[str], demand: Mapping[str, float]) -> dict[str, floa
 
 def _slots(room: int, slot: int, streamed: int, *, pin: bool) -> int:
     """The ring gets a third of the room at most: with little of it, pins do more than a slot."""
+    slot = max(slot, 1)
     most = max(1, room // 3 // slot) if pin else room // slot
     slots = min(RING_SLOTS if pin else STREAMING_SLOTS, most, streamed)
     return 2 if slots == 1 and room >= 2 * slot and streamed > 1 else slots
@@ -371,27 +372,22 @@ def _waiting(costs: ModelCosts, stages: Sequence[Stage], lanes: int) -> int:
     )
 
 
-def _shortage(models: Mapping[str, ModelCosts], machine: Machine) -> str:
-    name, number, need = max(
-        (
-            (name, n, costs.bytes_at(n, n + 1, 1))
-            for name, costs in models.items()
-            for n in range(len(costs.slices))
-        ),
-        key=lambda one: one[2],
-    )
-    heavy, slice_, slot = max(
-        (
-            (name, n, one.weight_bytes)
-            for name, costs in models.items()
-            for n, one in enumerate(costs.slices)
-        ),
-        key=lambda one: one[2],
-    )
+def _shortage(search: _Search, models: Mapping[str, ModelCosts]) -> str:
+    machine = search.machine
+    roomy = replace(machine, budget=1 << 60)
+    streamed = _Search(roomy, search.weights, replace(search.style, pin=False))
+    plan = streamed._divide(models, 0, staged=False, apart=False)
+    assert plan is not None
+    need = whole_pages(plan.total_bytes - plan.ring_bytes + plan.slot_bytes)
+    every = [(name, n) for name, costs in models.items() for n in range(len(costs.slices))]
+    name, number = max(every, key=lambda one: models[one[0]].bytes_at(one[1], one[1] + 1, 1))
+    row = models[name].bytes_at(number, number + 1, 1)
+    heavy, slice_ = max(every, key=lambda one: models[one[0]].slices[one[1]].weight_bytes)
+    slot = models[heavy].slices[slice_].weight_bytes
     each = f" on each of {machine.lanes} threads" if machine.lanes > 1 else ""
     return (
-        f"a budget of {format_bytes(machine.budget)} is too small: one row takes "
-        f"{format_bytes(need)}{each} in slice {number} of {name!r}, and the weights of slice "
-        f"{slice_} of {heavy!r} take {format_bytes(slot)}. To need less, seal with smaller "
-        "--slice-bytes or --memory-bytes"
+        f"{', '.join(map(repr, models))} needs a budget of {-(-need // 10_000) / 100:.2f} MB or "
+        f"more, it has {format_bytes(machine.budget)}. One row takes {format_bytes(row)}{each} in "
+        f"slice {number} of {name!r}, and the weights of slice {slice_} of {heavy!r} take "
+        f"{format_bytes(slot)}. To need less, seal with smaller --slice-bytes or --memory-bytes"
     )
