@@ -93,6 +93,7 @@ class Enclave:
     now_s: float = 0.0
     runs: list[tuple[float, Run]] = field(default_factory=list)
     answered: dict[int, float] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
     refused: dict[int, Refuse] = field(default_factory=dict)
     given_up: dict[int, str] = field(default_factory=dict)
     pinned: set[tuple[str, int]] = field(default_factory=set)
@@ -121,6 +122,7 @@ class Enclave:
                 case Answer(request):
                     assert request not in self.answered
                     self.answered[request] = self.now_s
+                    self.order.append(request)
                 case Refuse(request):
                     self.refused[request] = command
                 case GiveUp(request, reason):

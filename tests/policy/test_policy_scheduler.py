@@ -77,9 +77,9 @@ def test_tenants_get_their_shares_at_saturation() -> None:
                 number = len(tenants) + 1
                 tenants[number] = tenant
                 rig.arrive(number, ("a", "b")[sent[tenant] % 2], tenant=tenant)
-        before = len(rig.answered)
+        before = len(rig.order)
         rig.end_one()
-        for number in list(rig.answered)[before:]:
+        for number in rig.order[before:]:
             served[tenants[number]] += 1
     assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
 

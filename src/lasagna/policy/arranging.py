@@ -53,6 +53,16 @@ class Enclave(Enum):
     OPEN = auto()
 
 
+_NEXT: Final[Mapping[tuple[Enclave, str], Enclave]] = {
+    (Enclave.ABSENT, "EnclaveReady"): Enclave.READY,
+    (Enclave.READY, "Arrange"): Enclave.ARRANGING,
+    (Enclave.OPEN, "Arrange"): Enclave.ARRANGING,
+    (Enclave.ARRANGING, "Arranged"): Enclave.OPEN,
+    **{(state, "EnclaveLost"): Enclave.ABSENT for state in Enclave},
+}
+"""What the enclave becomes by an event or a command. Whatever is not here can't happen."""
+
+
 class Arranger:
     """The plan in force, the one to come, and the pins on their way."""
 
@@ -98,18 +108,18 @@ class Arranger:
 
     def enclave_ready(self) -> None:
         """An enclave runs, and has nothing."""
-        self._enclave = Enclave.READY
+        self._become("EnclaveReady")
         self._wanted = self._wanted or self.present
 
     def enclave_lost(self) -> None:
         """It is gone, with its pins and moves."""
-        self._enclave = Enclave.ABSENT
+        self._become("EnclaveLost")
         self._moves.clear()
         self._moving = None
 
     def arranged(self, now_s: float) -> None:
         """The last Arrange is done."""
-        self._enclave = Enclave.OPEN
+        self._become("Arranged")
         self._arranged_s = now_s
 
     def planned(self, event: Planned) -> None:
@@ -173,7 +183,7 @@ class Arranger:
             return False
         if wants and not inside():
             self.present, self._wanted, self._empty = self._wanted, None, False
-            self._enclave = Enclave.ARRANGING
+            self._become("Arrange")
             self._moves.clear()
             out.append(Arrange(self.present))
             return True
@@ -181,6 +191,11 @@ class Arranger:
             self._moving = self._moves.popleft()
             out.append(self._moving)
         return False
+
+    def _become(self, by: str) -> None:
+        following = _NEXT.get((self._enclave, by))
+        assert following is not None, f"{by} while the enclave is {self._enclave.name}"
+        self._enclave = following
 
     def _comparable(self, models: Mapping[str, Forms]) -> MemoryPlan | None:
         """The present plan, if it is for these models."""

@@ -212,7 +212,13 @@ class _Search:
                 for n in kept[name]
             ),
             request_s={
-                name: request_s(plan.costs[name], plan.stages[name], kept[name], self.machine)
+                name: request_s(
+                    plan.costs[name],
+                    plan.stages[name],
+                    kept[name],
+                    self.machine,
+                    overlapped=plan.slots != 1,
+                )
                 for name in plan.costs
             },
         )

@@ -110,19 +110,29 @@ def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
     return 2 * rows * costs.cut_bytes[cut] / COPY_RATE if cut else 0.0
 
 
-def _visit_s(compute_s: float, load_s: float, machine: Machine) -> float:
+def _visit_s(
+    compute_s: float, load_s: float, machine: Machine, *, overlapped: bool = True
+) -> float:
     """Seconds of the server for one run: of its lanes, or of its cores if these are short.
 
-    Runs go in gangs, one on each lane, and share what is loaded.
+    Runs go in gangs, one on each lane, and share what is loaded. With a single slot in the ring
+    loading does not overlap computing.
     """
     lanes = machine.lanes
     busy = compute_s + load_s / lanes + machine.entry_s
-    alone = max(compute_s / machine.width, load_s) + machine.entry_s
+    computing_s = compute_s / machine.width
+    alone = max(computing_s, load_s) if overlapped else computing_s + load_s
+    alone += machine.entry_s
     return max(alone / lanes, busy / machine.cores)
 
 
 def request_s(
-    costs: ModelCosts, stages: Sequence[Stage], pinned: frozenset[int], machine: Machine
+    costs: ModelCosts,
+    stages: Sequence[Stage],
+    pinned: frozenset[int],
+    machine: Machine,
+    *,
+    overlapped: bool = True,
 ) -> float:
     """Seconds of the server for a request, when it is busy and batches are full."""
     total = 0.0
@@ -133,7 +143,8 @@ def request_s(
         compute_s = costs.compute_at(stage.first, stage.last, stage.rows)
         compute_s += copy_s(costs, stage.first, stage.rows)
         compute_s += SLICE_S * (stage.last - stage.first)
-        total += _visit_s(compute_s, streamed / machine.load_rate, machine) / stage.rows
+        load_s = streamed / machine.load_rate
+        total += _visit_s(compute_s, load_s, machine, overlapped=overlapped) / stage.rows
     return total
 
 
