@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from lasagna.enclave import messages as m
-from lasagna.enclave.arrangement import Arrangement
+from lasagna.enclave.arrangement import Arrangement, RefusedModelError
 from lasagna.enclave.model import LoadedModel, Model
 from lasagna.errors import BudgetError, InvalidInputError, ModelNotFoundError, PackageError
 from lasagna.package.format import SliceFacts
@@ -79,8 +79,10 @@ def test_workspace_that_was_measured_too_small_is_found_when_memory_is_arranged(
         loaded.service,
     )
     _, command = planned(told, ROOMY, rows=2, form=form)
-    with pytest.raises(BudgetError, match=r"slice \d+ of 'squeezenet' needs more than the \d+ "):
+    with pytest.raises(RefusedModelError, match=r"slice \d+ of 'squeezenet' needs more") as refused:
         placed(told, command, ROOMY)
+    assert refused.value.model == loaded.digest
+    assert type(refused.value.reason) is BudgetError
 
 
 def run_once(arrangement: Arrangement, model: Model) -> NDArray[np.float32]:
@@ -216,5 +218,6 @@ def test_weights_of_another_package_are_found_when_they_are_pinned(squeezenet: S
     loaded = loaded_model(squeezenet)
     _, command = planned(loaded, ROOMY, form=Form.SLICED)
     loaded.package.manifest = replace(loaded.package.manifest, package_id=bytes(32))
-    with pytest.raises(PackageError, match="does not open"):
+    with pytest.raises(RefusedModelError, match="does not open") as refused:
         placed(loaded, command, ROOMY)
+    assert type(refused.value.reason) is PackageError

@@ -68,9 +68,11 @@ class Relay:
 class Rig:
     """A host, what moves it, and a client of it."""
 
-    def __init__(self, enclave: EnclaveHost, backend: Backend, relay: Relay) -> None:
+    def __init__(
+        self, enclave: EnclaveHost, backend: Backend, relay: Relay, name: str = ""
+    ) -> None:
         self.enclave = enclave
-        (self.host,) = enclave.models.values()
+        self.host = enclave.models[name] if name else next(iter(enclave.models.values()))
         self.backend = backend
         self.relay = relay
         self.broker = relay.broker
@@ -112,7 +114,7 @@ class Rig:
 
 @contextlib.asynccontextmanager
 async def hosting(
-    package: Path,
+    package: Path | Sequence[Path],
     broker: InsecureBroker,
     folder: Path,
     *,
@@ -124,7 +126,8 @@ async def hosting(
     sockets = folder / "sockets"
     sockets.mkdir(mode=0o700, exist_ok=True)
     relay = Relay(broker, failures)
-    host = EnclaveHost([package], config, backend, relay, sockets)
+    packages = [package] if isinstance(package, Path) else package
+    host = EnclaveHost(packages, config, backend, relay, sockets)
     async with host:
         async with asyncio.timeout(DEADLINE_S):
             for model in host.models.values():

@@ -199,7 +199,9 @@ class InsecureDirectEnclave:
         machine = machine_of(budget, threads, paged=paged)
         plan = divide({manifest.name: forms}, {}, machine, style)
         message = arrange_message(self.next_id(), plan, {manifest.name: self.digest})
-        self.call(message, m.Arranged)
+        arranged = self.call(message, m.Arranged)
+        if arranged.refused:
+            raise ERRORS.get(arranged.kind, LasagnaError)(arranged.error)
         self.plan = plan_facts(plan, manifest.name, self._variant)
 
     def next_id(self) -> int:

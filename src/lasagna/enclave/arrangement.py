@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,11 +18,28 @@ from lasagna.enclave.pool import Memory, Pool
 from lasagna.enclave.sessions import open_slice_session, set_workspace_arena
 from lasagna.enclave.spans import Recorder
 from lasagna.enclave.weights import Weights
-from lasagna.errors import BudgetError, EnclaveError, InvalidInputError, ModelNotFoundError
+from lasagna.errors import (
+    BudgetError,
+    EnclaveError,
+    InvalidInputError,
+    LasagnaError,
+    ModelNotFoundError,
+    PackageError,
+)
 from lasagna.package.format import CHUNK_BYTES, DTYPES, TAG_BYTES, Details, Variant
 from lasagna.package.forms import Form, boundary, in_form
 
 UNLIMITED: Final = 2**60
+
+
+class RefusedModelError(Exception):
+    """One model can't run in an arrangement that the others could run in."""
+
+    def __init__(self, model: bytes, reason: LasagnaError) -> None:
+        """Name the model and the reason."""
+        super().__init__(str(reason))
+        self.model = model
+        self.reason = reason
 
 
 @dataclass(slots=True)
@@ -106,7 +124,8 @@ def arrange(
         BudgetError: it does not fit.
         ModelNotFoundError: a model is not loaded.
         InvalidInputError: stages that are not the model's, or a batch that has no room.
-        PackageError: weights or graphs do not open, or do not run here.
+        RefusedModelError: a model's weights or graphs do not open or do not run here, or need more
+            memory than was planned.
     """
     vanilla = any(wish.form is Form.VANILLA for wish in command.models)
     if command.workspace_bytes > budget and not vanilla:
@@ -125,10 +144,10 @@ def arrange(
     lanes = [Lane(number, pool.take(command.activation_bytes)) for number in range(threads)]
     slots = [pool.take(command.input_bytes) for _ in range(command.input_slots)]
     sessions.arena(command.workspace_bytes)
-    models = {
-        wish.model: _model(wish, loaded[wish.model], sessions, weights, base)
-        for wish, base in zip(command.models, bases, strict=True)
-    }
+    models = {}
+    for wish, base in zip(command.models, bases, strict=True):
+        with _about(wish.model, PackageError):
+            models[wish.model] = _model(wish, loaded[wish.model], sessions, weights, base)
     slot = command.slot_bytes if command.ring_slots else -1
     streamed = max((p.size for n, p in enumerate(pieces) if not weights.is_pinned(n)), default=-1)
     if streamed > slot:
@@ -138,8 +157,18 @@ def arrange(
         )
     arrangement = Arrangement(models, weights, lanes, slots, pool, command.workspace_bytes)
     for wish in command.models:
-        _try_out(arrangement, models[wish.model], wish)
+        with _about(wish.model, BudgetError, PackageError):
+            _try_out(arrangement, models[wish.model], wish)
     return arrangement
+
+
+@contextlib.contextmanager
+def _about(model: bytes, *kinds: type[LasagnaError]) -> Iterator[None]:
+    """Say of such errors that they are this model's, not the arrangement's."""
+    try:
+        yield
+    except kinds as error:
+        raise RefusedModelError(model, error) from None
 
 
 def _number(

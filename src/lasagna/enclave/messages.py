@@ -239,10 +239,16 @@ class Loaded(_Message, frozen=True, tag="loaded"):
 
 
 class Arranged(_Message, frozen=True, tag="arranged"):
-    """Every model of the arrangement can run. ``pool_bytes`` are handed out now."""
+    """Every model of the arrangement can run, with ``pool_bytes`` handed out.
+
+    Or there is none, because the one that is ``refused`` can't, for a reason as in ``Failed``.
+    """
 
     pool_bytes: _Count
     arrange_s: float
+    refused: bytes = b""
+    kind: str = ""
+    error: str = ""
 
 
 class Done(_Message, frozen=True, tag="done"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lasagna.enclave import frames
 from lasagna.enclave import messages as m
-from lasagna.enclave.arrangement import Arrangement, Sessions, arrange
+from lasagna.enclave.arrangement import Arrangement, RefusedModelError, Sessions, arrange
 from lasagna.enclave.counters import Counters
 from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
 from lasagna.enclave.model import LoadedModel, Model
@@ -204,14 +204,19 @@ class Enclave:
         with self._emptied:
             self._emptied.wait_for(lambda: self._inside == 0)
         self._dissolve()
-        made = arrange(
-            command,
-            self._models,
-            self._sessions,
-            self._recorder,
-            budget=self._limits.budget,
-            threads=self._limits.threads,
-        )
+        try:
+            made = arrange(
+                command,
+                self._models,
+                self._sessions,
+                self._recorder,
+                budget=self._limits.budget,
+                threads=self._limits.threads,
+            )
+        except RefusedModelError as error:
+            kind = frames.error_kind(error.reason)
+            took_s = time.perf_counter() - start
+            return m.Arranged(command.id, 0, took_s, error.model, kind, str(error))
         self._free_slots = queue.Queue()
         for slot in made.input_slots:
             self._free_slots.put(slot)

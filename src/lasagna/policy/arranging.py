@@ -58,6 +58,7 @@ _NEXT: Final[Mapping[tuple[Enclave, str], Enclave]] = {
     (Enclave.READY, "Arrange"): Enclave.ARRANGING,
     (Enclave.OPEN, "Arrange"): Enclave.ARRANGING,
     (Enclave.ARRANGING, "Arranged"): Enclave.OPEN,
+    (Enclave.ARRANGING, "refused"): Enclave.READY,
     **{(state, "EnclaveLost"): Enclave.ABSENT for state in Enclave},
 }
 """What the enclave becomes by an event or a command. Whatever is not here can't happen."""
@@ -117,8 +118,12 @@ class Arranger:
         self._moves.clear()
         self._moving = None
 
-    def arranged(self, now_s: float) -> None:
-        """The last Arrange is done."""
+    def arranged(self, now_s: float, *, failed: bool) -> None:
+        """The last Arrange is done, or refused: then another plan is needed."""
+        if failed:
+            self._become("refused")
+            self.present, self._stale = None, True
+            return
         self._become("Arranged")
         self._arranged_s = now_s
 

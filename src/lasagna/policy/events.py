@@ -129,9 +129,10 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Arranged:
-    """The last Arrange has been carried out."""
+    """The last Arrange has been carried out; or refused, and nothing is arranged."""
 
     at_s: float
+    failed: bool = False
 
 
 Event: TypeAlias = (

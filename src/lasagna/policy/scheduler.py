@@ -132,7 +132,7 @@ class Scheduler:
             case Planned():
                 self._arranger.planned(event)
             case Arranged():
-                self._arranger.arranged(event.at_s)
+                self._arranger.arranged(event.at_s, failed=event.failed)
             case _:
                 assert_never(event)
         self._dispatch(event.at_s, commands)

@@ -202,6 +202,13 @@ class Driver:
             for name in names:
                 host.fail(host.models[name], error)
             return
+        if done.refused:
+            refused = next(
+                model for model in host.models.values() if digests[model.name] == done.refused
+            )
+            host.fail(refused, ERRORS.get(done.kind, EnclaveError)(done.error))
+            host.tell(e.Arranged(_now(), failed=True))
+            return
         _log.info("%s: memory arranged in %.2f s", ", ".join(names), done.arrange_s)
         for name in names:
             model = host.models[name]
