@@ -14,7 +14,7 @@ import numpy as np
 
 from lasagna.bench.direct import ClientRequest, InsecureDirectEnclave
 from lasagna.enclave import messages as m
-from lasagna.enclave.frames import DEFAULT_FRAME_LIMIT
+from lasagna.enclave.frames import DEFAULT_FRAME_LIMIT, ERRORS
 from lasagna.enclave.service import Enclave, Limits
 from lasagna.package.forms import Form, cut_bytes, extents
 from lasagna.trust.evidence import InsecureEmulatedQuoter
@@ -127,7 +127,10 @@ def assert_answer(
 def give(enclave: InsecureDirectEnclave, command: m.Arrange) -> m.Arranged:
     """Divide the memory so."""
     numbered = m.Arrange(enclave.next_id(), *_fields(command))
-    return enclave.call(numbered, m.Arranged)
+    arranged = enclave.call(numbered, m.Arranged)
+    if arranged.refused:
+        raise ERRORS[arranged.kind](arranged.error)
+    return arranged
 
 
 def _fields(command: m.Arrange) -> tuple[Any, ...]:
