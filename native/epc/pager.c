@@ -111,9 +111,6 @@ void epc_move(char *const *to, char *const *from, int *errors, uint32_t count) {
         size_t moved = epc_uffd_move(epc.uffd, to[i], from[i], run);
         for (uint32_t k = 0; k < run; k++) { /* the rest one by one, to know what is wrong */
             errors[i + k] = k < moved ? 0 : move_one(to[i + k], from[i + k]);
-            if (errors[i + k] == EEXIST && run > 1) {
-                errors[i + k] = 0; /* Linux 6.18 may move more of a run than it says */
-            }
         }
     }
 }

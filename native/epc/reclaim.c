@@ -48,7 +48,9 @@ static void age(void) {
         if (errors[i] == ENOENT) { /* the program took the page away by itself */
             epc.allocated--;
             epc_settle(page, PAGE_ABSENT);
-        } else { /* pinned by the kernel, for a transfer: not now */
+        } else if (errors[i] != EBUSY && errors[i] != ENOMEM) {
+            epc_die("a page can't be unmapped: the kernel gives an unexpected error");
+        } else { /* pinned by the kernel for a transfer, or no memory for its tables: not now */
             epc_settle(page, PAGE_MAPPED);
         }
     }

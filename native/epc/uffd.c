@@ -87,6 +87,11 @@ size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room) {
     return found;
 }
 
+/* Linux 6.18 may report a page that it has moved as an error. When a page's entry changes under its
+ * eyes, say because the program touches it after somebody wrote /proc/PID/clear_refs, it tries again
+ * (move_pages in mm/userfaultfd.c); the second try succeeds, but the first one's EAGAIN is still set, so
+ * there is a third, which finds the page at its destination: EEXIST. It wakes nobody then. Nothing
+ * but a page that has been moved can be there, since callers move to addresses that have none. */
 size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages) {
     size_t done = 0;
     while (done < pages) {
@@ -96,6 +101,9 @@ size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages) {
         int failed = ioctl(uffd, UFFDIO_MOVE, &move);
         if (move.move > 0) {
             done += (size_t)move.move / EPC_PAGE;
+        } else if (failed != 0 && errno == EEXIST) {
+            epc_uffd_wake(uffd, (char *)to + done * EPC_PAGE);
+            done++;
         } else if (failed != 0 && errno != EAGAIN) {
             break;
         }

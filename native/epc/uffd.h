@@ -18,7 +18,7 @@ bool epc_uffd_register(int uffd, void *start, size_t bytes);
 /* Wait for faults; at most `room` of them. Returns how many, 0 when interrupted. */
 size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room);
 
-/* Move pages to addresses that have none; their old addresses fault from then on. Returns how many
+/* Move pages to addresses that must have none; their old addresses fault from then on. Returns how many
  * were moved. Fewer than asked for: errno says why the next one was not. ENOENT, there is no page to
  * move; EBUSY, the kernel holds it elsewhere too. */
 size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages);
