@@ -47,6 +47,7 @@ def in_stages(
     return m.Arrange(
         0,
         (m.ModelWish(digest, Form.SLICED, tuple(stages), tuple(pinned)),),
+        threads,
         2,
         max(facts.weight_bytes for facts in variant.slices),
         input_slots,
@@ -146,7 +147,7 @@ class InThread(InsecureDirectEnclave):
         near, far = socket.socketpair()
         loaded = loaded_model(sealed)
         quoter = InsecureEmulatedQuoter(bytes(32), signer=bytes(32))
-        self.inner = Enclave(far, Limits(BUDGET, threads, 1, DEFAULT_FRAME_LIMIT), quoter)
+        self.inner = Enclave(far, Limits(BUDGET, threads, DEFAULT_FRAME_LIMIT), quoter)
         self.inner._models[loaded.digest] = loaded
         self._next = self._requests = 0
         self._socket, self._far = near, far

@@ -55,7 +55,7 @@ def planned(
     return plan, arrange_message(1, plan, {"squeezenet": loaded.digest})
 
 
-def placed(loaded: LoadedModel, command: m.Arrange, budget: int, threads: int = 1) -> Arrangement:
+def placed(loaded: LoadedModel, command: m.Arrange, budget: int) -> Arrangement:
     """What the enclave makes of it."""
     models = {loaded.digest: loaded}
-    return arrange(command, models, Sessions(1), Recorder(), budget=budget, threads=threads)
+    return arrange(command, models, Sessions(), Recorder(), budget=budget)

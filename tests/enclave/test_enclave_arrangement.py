@@ -48,7 +48,7 @@ def test_what_the_host_plans_the_enclave_has_room_for(
 ) -> None:
     style = Style(staged=staged, max_rows=rows)
     plan, command = planned(loaded, budget, rows=rows, threads=threads, style=style)
-    made = placed(loaded, command, budget, threads)
+    made = placed(loaded, command, budget)
     assert made.pool.used + made.workspace_bytes <= plan.total_bytes <= budget
     assert made.pool.size + made.workspace_bytes == budget
     stages = plan.stages["squeezenet"]

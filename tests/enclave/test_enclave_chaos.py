@@ -99,7 +99,7 @@ class Chaos:
 
     def _arrange(self, id_: int, digest: bytes) -> m.Arrange:
         """Right, but for one or two things."""
-        wrong = self._chance.sample(range(12), self._chance.choice([0, 0, 1, 2]))
+        wrong = self._chance.sample(range(13), self._chance.choice([0, 0, 1, 2]))
 
         def one(number: int, right: Any, *others: Any) -> Any:
             return self._chance.choice(others) if number in wrong else right
@@ -122,6 +122,7 @@ class Chaos:
         return m.Arrange(
             id_,
             (wish,) * one(4, 1, 0, 2),
+            one(12, 2, 1, 3, 1024),
             one(5, 2, 1, 0, 64),
             size(6, good.slot_bytes),
             one(7, 2, 0, 256),

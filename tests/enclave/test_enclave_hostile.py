@@ -252,7 +252,7 @@ def test_nothing_runs_before_memory_is_divided_or_after_a_division_failed(scene:
         ):
             with pytest.raises(ModelNotFoundError, match="has no memory here"):
                 enclave.call(refused, m.Done)
-    enclave.call(m.Arrange(enclave.next_id(), (), 0, 0, 0, 0, 0, 0), m.Arranged)
+    enclave.call(m.Arrange(enclave.next_id(), (), 1, 0, 0, 0, 0, 0, 0), m.Arranged)
     assert enclave.stats().pool_bytes <= 3 * 4096
     give(enclave, good)
     (found,) = results(enclave, [part(OTHER, scene.other)], 0, scene.end)

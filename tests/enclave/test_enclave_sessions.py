@@ -44,7 +44,7 @@ def _chain(names: list[str]) -> bytes:
 
 def test_a_run_that_needs_more_workspace_than_the_arena_fails_and_the_next_one_works() -> None:
     set_workspace_arena(1_000_000)
-    session = open_slice_session(_chain(["a", "b", "c", "d", "e"]), threads=1)
+    session = open_slice_session(_chain(["a", "b", "c", "d", "e"]))
     small, large = np.zeros((100, 1000), np.float32), np.zeros((500, 1000), np.float32)
     assert session.run(None, {"a": small})[0].shape == (100, 1000)
     with pytest.raises(Exception, match="Available memory"):
@@ -55,7 +55,7 @@ def test_a_run_that_needs_more_workspace_than_the_arena_fails_and_the_next_one_w
 def test_a_graph_that_is_none_is_refused() -> None:
     set_workspace_arena(100_000)
     with pytest.raises(PackageError, match=r"does not accept a slice's graph \(\w+\)$"):
-        open_slice_session(b"no graph", threads=1)
+        open_slice_session(b"no graph")
 
 
 def test_a_refused_graph_is_not_quoted() -> None:
@@ -64,7 +64,7 @@ def test_a_refused_graph_is_not_quoted() -> None:
     model = onnx.load_from_string(_chain(["a", "b"]))
     model.graph.node[0].op_type = "SecretLayer"
     with pytest.raises(PackageError) as caught:
-        open_slice_session(model.SerializeToString(), threads=1)
+        open_slice_session(model.SerializeToString())
     assert "SecretLayer" not in str(caught.value)
 
 

@@ -265,7 +265,7 @@ class Two:
         work = max(wish.workspace_bytes for wish in wishes)
         models = tuple(wish.models[0] for wish in wishes)
         inputs = wishes[0].input_bytes
-        give(self.enclave, m.Arrange(0, models, 2, slot, 2, inputs, most, work))
+        give(self.enclave, m.Arrange(0, models, 1, 2, slot, 2, inputs, most, work))
 
 
 def test_two_models_share_an_enclave_and_keep_their_requests_apart(
@@ -312,7 +312,7 @@ def test_a_model_is_unloaded_when_it_has_no_memory_and_comes_again(
             m.Unload(enclave.next_id(), digest),
             m.Attest(enclave.next_id(), digest),
             m.Run(enclave.next_id(), digest, 0, 3, (part(2, old),)),
-            m.Arrange(0, in_stages(other, digest, CUTS).models, 2, 2**20, 0, 0, 2**22, 2**22),
+            m.Arrange(0, in_stages(other, digest, CUTS).models, 1, 2, 2**20, 0, 0, 2**22, 2**22),
         ):
             with pytest.raises(ModelNotFoundError):
                 enclave.call(gone, m.Done)

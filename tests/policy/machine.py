@@ -6,6 +6,7 @@ It checks what a real one relies on: rows come in at slice 0 and go on where the
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,7 +35,7 @@ from lasagna.policy.events import (
     RunFailed,
     Unpin,
 )
-from lasagna.policy.memory import divide, repin
+from lasagna.policy.memory import divide_best, repin
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
@@ -71,14 +72,17 @@ def check(scheduler: Scheduler) -> None:
             there = sum(rows for at, rows in started if at in (index, index - 1))
             assert stage.held == stage.waiting_rows + there
             assert not index or stage.held <= stage.capacity
-        for number, request in scheduler._requests.items():
-            if request.facts.model != model.name:
-                continue
-            waits = sum(p.count for s in model.stages for p in s.waiting if p.request == number)
-            runs = sum(p.count for run, *_ in running for p in run.batch if p.request == number)
-            assert model.outside.left(number) + waits + runs == request.left
-            assert request.left > 0
-    lanes = scheduler._machine.lanes
+    inside = Counter[int]()
+    for model in scheduler._models.values():
+        for part in (part for stage in model.stages for part in stage.waiting):
+            inside[part.request] += part.count
+    for part in (part for run, *_ in running for part in run.batch):
+        inside[part.request] += part.count
+    for number, request in scheduler._requests.items():
+        outside = scheduler._models[request.facts.model].outside.left(number)
+        assert outside + inside[number] == request.left
+        assert request.left > 0
+    lanes = scheduler._arranger.machine.lanes
     assert len(running) <= 2 * lanes
 
 
@@ -131,9 +135,11 @@ class Enclave:
                 case Plan():
                     kept = None
                     if command.present is not None:
-                        kept = repin(command.present, command.demand, command.machine)
-                        assert kept.total_bytes <= command.machine.budget
-                    best = divide(command.models, command.demand, command.machine, command.style)
+                        kept = repin(command.present, command.demand, command.machines[0])
+                        assert kept.total_bytes <= command.machines[0].budget
+                    best = divide_best(
+                        command.models, command.demand, command.machines, command.style
+                    )
                     self.tell(Planned(self.now_s, best, kept))
                 case Arrange(plan):
                     assert not self._queue
@@ -188,11 +194,11 @@ class Enclave:
                 self._at[part.request, row] = -1  # in a run
 
     def _begin(self) -> None:
-        while self._queue and len(self._ends) < self.machine.lanes:
+        plan = self.scheduler.plan
+        while self._queue and plan is not None and len(self._ends) < plan.lanes:
             run = self._queue.pop(0)
             costs = self.models[run.model]
-            rows = sum(part.count for part in run.batch)
-            compute_s = self.factor * costs.compute_at(run.first, run.last, rows)
+            compute_s = self._compute_s(run)
             load = sum(
                 costs.slices[n].weight_bytes
                 for n in range(run.first, run.last)
@@ -216,9 +222,17 @@ class Enclave:
                 self._at[part.request, row] = run.first if failed else run.last
                 if (last and not failed) or part.request in self.forgotten:
                     del self._at[part.request, row]
-        rows = sum(part.count for part in run.batch)
-        compute_s = self.factor * self.models[run.model].compute_at(run.first, run.last, rows)
+        compute_s = self._compute_s(run)
         self.tell(RunFailed(self.now_s, run.run) if failed else Ran(self.now_s, run.run, compute_s))
+
+    def _compute_s(self, run: Run) -> float:
+        plan, costs = self.scheduler.plan, self.models[run.model]
+        assert plan is not None
+        rows = sum(part.count for part in run.batch)
+        alone_s = costs.compute_at(run.first, run.last, rows)
+        row_s = costs.compute_at(run.first, run.last, 1)
+        (machine,) = [m for m in self.machine.shapes() if m.lanes == plan.lanes]
+        return self.factor * machine.batch_s(alone_s, row_s)
 
     def until(self, time_s: float) -> None:
         """Let runs end up to a time."""

@@ -221,7 +221,6 @@ def test_an_enclave_killed_in_the_middle_of_a_request(
     [
         ([], "name one key broker: --broker URL, or --insecure-local-broker KEYFILE"),
         (["--broker=http://k", "--insecure-local-broker=k"], "name one key broker"),
-        (["--broker=http://k", "--threads=2", "--intra-op-threads=2"], "only one of them above 1"),
     ],
 )
 def test_serve_names_what_is_wrong(model: Model, arguments: list[str], message: str) -> None:

@@ -45,7 +45,6 @@ HELLO = Hello(
     version=PROTOCOL_VERSION,
     budget_bytes=1,
     compute_threads=1,
-    intra_op_threads=1,
     block=8,
     insecure_emulated=True,
 )
@@ -247,7 +246,6 @@ async def test_another_protocol_version_is_refused(connect: Connect) -> None:
         version=PROTOCOL_VERSION + 1,
         budget_bytes=1,
         compute_threads=1,
-        intra_op_threads=1,
         block=8,
         insecure_emulated=True,
     )

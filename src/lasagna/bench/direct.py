@@ -36,6 +36,7 @@ from lasagna.package.format import TensorSpec
 from lasagna.package.forms import choose_variant
 from lasagna.package.reader import Package
 from lasagna.policy.memory import Style, divide
+from lasagna.policy.stages import Machine
 from lasagna.server.costs import arrange_message, forms_of, machine_of
 from lasagna.server.plan_facts import plan_facts
 from lasagna.tee.measurement import measure_code, source_root
@@ -82,7 +83,7 @@ class InsecureDirectEnclave:
         budget: int,
         *,
         threads: int = 1,
-        intra_op_threads: int = 1,
+        together: bool = False,
         max_batch: int = 1,
         pin: bool = True,
         service_secret: ServiceSecret | None = None,
@@ -95,8 +96,8 @@ class InsecureDirectEnclave:
             package: the model.
             keys: that open it.
             budget: bytes of enclave memory.
-            threads: compute threads.
-            intra_op_threads: threads of each session.
+            threads: that compute.
+            together: all of them on one batch, instead of one each.
             max_batch: rows of one run at most.
             pin: keep slices where there is room.
             service_secret: of the service; a fresh one if not given.
@@ -119,7 +120,6 @@ class InsecureDirectEnclave:
                 [
                     *(sys.executable, "-m", "lasagna.enclave", "--socket", path),
                     *("--budget", str(budget), "--threads", str(threads)),
-                    *("--intra-op-threads", str(intra_op_threads)),
                     *("--insecure-measurement", measurement.hex()),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -139,7 +139,8 @@ class InsecureDirectEnclave:
             self.hello = self._expect(self._receive(), m.Hello)
             self._load(package, keys, measurement, service_secret)
             style = Style(staged=False, max_rows=max_batch, pin=pin, whole=pin)
-            self._arrange(package, budget, threads, style, paged=vanilla)
+            machine = machine_of(budget, threads, paged=vanilla)
+            self._arrange(package, machine.shapes()[-1 if together else 0], style, paged=vanilla)
         except BaseException:
             self.close()
             raise
@@ -188,15 +189,12 @@ class InsecureDirectEnclave:
             insecure_allow_emulated=True,
         )
 
-    def _arrange(
-        self, package: Path, budget: int, threads: int, style: Style, *, paged: bool
-    ) -> None:
+    def _arrange(self, package: Path, machine: Machine, style: Style, *, paged: bool) -> None:
         with Package(package) as opened:
             manifest = opened.manifest
             variant = choose_variant(manifest.variants, self.hello.block)
         rows = style.max_rows if manifest.batchable else 1
         forms = forms_of(variant, rows, paged=paged)
-        machine = machine_of(budget, threads, paged=paged)
         plan = divide({manifest.name: forms}, {}, machine, style)
         message = arrange_message(self.next_id(), plan, {manifest.name: self.digest})
         arranged = self.call(message, m.Arranged)

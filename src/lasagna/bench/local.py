@@ -160,6 +160,7 @@ async def _scenario(
         for number in range(rounds):
             names = list(served) if number % 2 == 0 else list(reversed(served))
             outcome = await saturate(native.infer, order, 96, seconds)
+            await native.idle()  # it must not compute while others are measured
             row.throughputs.setdefault("native", []).append(outcome.throughput)
             for policy in names:
                 for end in ends:

@@ -59,6 +59,12 @@ class NativeBatcher:
         self._start()
         await done
 
+    async def idle(self) -> None:
+        """Forget who no longer waits, and let what runs end."""
+        self._waiting.clear()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     def _start(self) -> None:
         while self._free and self._waiting:
             model = self._waiting[0][0]

@@ -69,7 +69,7 @@ def _tasks_a_second(models: int, seconds: float) -> float:
                 answered += 1
             elif isinstance(command, Plan):  # worked out elsewhere, so only once here
                 present = command.present
-                best = present or divide(command.models, command.demand, command.machine)
+                best = present or divide(command.models, command.demand, command.machines[0])
                 tell(Planned(now_s, best, present))
             elif isinstance(command, Arrange):
                 tell(Arranged(now_s))

@@ -81,8 +81,7 @@ def serve(
     broker_state: Annotated[
         Path | None, typer.Option(help="Folder of the local broker's own secrets.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Requests computed at once.")] = 1,
-    intra_op_threads: Annotated[int, typer.Option(min=1, help="Threads within a layer.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that compute.")] = 1,
     max_batch: Annotated[
         int,
         typer.Option(
@@ -135,12 +134,9 @@ def serve(
 
     if (broker is None) == (not insecure_local_broker):
         raise UsageError("name one key broker: --broker URL, or --insecure-local-broker KEYFILE")
-    if threads > 1 and intra_op_threads > 1:
-        raise UsageError("choose --threads or --intra-op-threads: only one of them above 1")
     config = HostConfig(
         budget=parse_bytes(budget),
         threads=threads,
-        intra_op_threads=intra_op_threads,
         max_batch=max_batch,
         queue_limit=queue_limit,
         policy=policy_named(policy).name,

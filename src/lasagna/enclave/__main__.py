@@ -39,7 +39,6 @@ def main() -> int:
     parser.add_argument("--socket", required=True, help="Unix socket that the host listens on")
     parser.add_argument("--budget", type=int, required=True, help="bytes of enclave memory")
     parser.add_argument("--threads", type=int, default=1, help="compute threads")
-    parser.add_argument("--intra-op-threads", type=int, default=1, help="threads of one session")
     parser.add_argument("--frame-limit", type=int, default=DEFAULT_FRAME_LIMIT)
     parser.add_argument(
         "--insecure-measurement",
@@ -49,9 +48,7 @@ def main() -> int:
     arguments = parser.parse_args()
     measurement = bytes.fromhex(arguments.insecure_measurement)
     quoter = InsecureEmulatedQuoter(measurement, signer=bytes(32))
-    limits = Limits(
-        arguments.budget, arguments.threads, arguments.intra_op_threads, arguments.frame_limit
-    )
+    limits = Limits(arguments.budget, arguments.threads, arguments.frame_limit)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(arguments.socket)

@@ -67,7 +67,7 @@ class Arrangement:
 class Sessions:
     """Sessions, kept from one arrangement to the next while their arena stays as it is."""
 
-    threads: int
+    shared_threads: bool = False
     _arena: int = -1
     _open: dict[tuple[bytes, int], ort.InferenceSession] = field(default_factory=dict)
 
@@ -88,7 +88,9 @@ class Sessions:
             if session is None:
                 graph = loaded.package.read_section(section)
                 own_arena = form is Form.VANILLA
-                session = open_slice_session(graph, self.threads, constants, own_arena=own_arena)
+                session = open_slice_session(
+                    graph, constants, own_arena=own_arena, shared_threads=self.shared_threads
+                )
             if not constants:  # those are inside: they go with the arrangement
                 self._open[loaded.digest, section] = session
             found[section] = session
@@ -107,7 +109,6 @@ def arrange(
     recorder: Recorder,
     *,
     budget: int,
-    threads: int,
 ) -> Arrangement:
     """Reserve memory, open sessions, and try every graph once.
 
@@ -118,7 +119,6 @@ def arrange(
         recorder: of spans.
         budget: bytes of enclave memory in all. The vanilla form, being what others are compared
             with, is not held to it: whoever limits its memory pages.
-        threads: that compute.
 
     Raises:
         BudgetError: it does not fit.
@@ -137,11 +137,11 @@ def arrange(
     weights = Weights(
         pieces,
         [pool.take(command.slot_bytes) for _ in range(command.ring_slots)],
-        [pool.take(staging) for _ in range(threads + 1)],
+        [pool.take(staging) for _ in range(command.lanes + 1)],
         pool,
         recorder,
     )
-    lanes = [Lane(number, pool.take(command.activation_bytes)) for number in range(threads)]
+    lanes = [Lane(number, pool.take(command.activation_bytes)) for number in range(command.lanes)]
     slots = [pool.take(command.input_bytes) for _ in range(command.input_slots)]
     sessions.arena(command.workspace_bytes)
     models = {}

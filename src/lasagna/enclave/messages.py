@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from lasagna.package.forms import Form
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 _Id = Annotated[int, Meta(ge=0, le=2**53)]
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -105,14 +105,17 @@ class Arrange(_Message, frozen=True, tag="arrange"):
 
     Attributes:
         models: to serve.
+        lanes: batches that are computed at once: one for each thread, or one for all together. What
+            an enclave's first models have fixed stays.
         ring_slots: for weights that are streamed, each of slot_bytes.
         input_slots: for opened inputs of runs that wait; 0 to open them when the run begins.
         input_bytes: of such a slot.
-        activation_bytes: of one compute thread.
+        activation_bytes: of one lane.
         workspace_bytes: of ONNX Runtime's arena, for all compute threads.
     """
 
     models: Annotated[tuple[ModelWish, ...], Meta(max_length=1024)]
+    lanes: Annotated[int, Meta(ge=1, le=1024)]
     ring_slots: Annotated[int, Meta(ge=0, le=64)]
     slot_bytes: _Count
     input_slots: Annotated[int, Meta(ge=0, le=256)]
@@ -210,7 +213,6 @@ class Hello(_Message, frozen=True, tag="hello"):
     version: int
     budget_bytes: _Count
     compute_threads: int
-    intra_op_threads: int
     block: int
     insecure_emulated: bool
 

@@ -21,7 +21,7 @@ from lasagna.enclave.counters import Counters
 from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
 from lasagna.enclave.model import LoadedModel, Model
 from lasagna.enclave.pool import Memory
-from lasagna.enclave.sessions import native_block
+from lasagna.enclave.sessions import native_block, share_threads
 from lasagna.enclave.spans import Recorder
 from lasagna.errors import (
     EnclaveError,
@@ -42,14 +42,12 @@ class Limits:
 
     Attributes:
         budget: bytes of enclave memory for pool and workspace.
-        threads: compute threads.
-        intra_op_threads: threads of each session; more than one only with one compute thread.
+        threads: that compute.
         frame_limit: longest frame accepted.
     """
 
     budget: int
     threads: int
-    intra_op_threads: int
     frame_limit: int
 
 
@@ -65,7 +63,8 @@ class Enclave:
         self._sending = threading.Lock()
         self._pending: tuple[Package, PendingKeyRequest] | None = None
         self._models: dict[bytes, LoadedModel] = {}
-        self._sessions = Sessions(limits.intra_op_threads)
+        self._sessions = Sessions()
+        self._lanes = 0
         self._recorder = Recorder()
         self._requests = Requests()
         self._arrangement: Arrangement | None = None
@@ -75,7 +74,7 @@ class Enclave:
         self._emptied = threading.Condition()
         self._counters = Counters()
         self._loader: threading.Thread | None = None
-        self._lanes: list[threading.Thread] = []
+        self._computing: list[threading.Thread] = []
 
     def serve(self) -> None:
         """Answer commands until Stop or the end of the connection.
@@ -89,22 +88,15 @@ class Enclave:
                 version=m.PROTOCOL_VERSION,
                 budget_bytes=self._limits.budget,
                 compute_threads=self._limits.threads,
-                intra_op_threads=self._limits.intra_op_threads,
                 block=self._block,
                 insecure_emulated=True,
             )
         )
-        for number in range(self._limits.threads):
-            thread = threading.Thread(
-                target=self._compute, args=(number,), name="compute", daemon=True
-            )
-            self._lanes.append(thread)
-            thread.start()
         try:
             while (body := self._receive()) is not None:
                 command = frames.decode_command(body)
                 if isinstance(command, m.Stop):
-                    self._join()
+                    self._dissolve()
                     self._send(m.Stopped(command.id))
                     return
                 try:
@@ -112,7 +104,7 @@ class Enclave:
                 except LasagnaError as error:
                     self._fail(command.id, error)
         finally:
-            self._join()
+            self._dissolve()
 
     def _carry_out(self, command: m.Command) -> None:
         self._counters.entries += 1
@@ -204,6 +196,8 @@ class Enclave:
         with self._emptied:
             self._emptied.wait_for(lambda: self._inside == 0)
         self._dissolve()
+        if command.models:
+            self._take_shape(command.lanes)
         try:
             made = arrange(
                 command,
@@ -211,7 +205,6 @@ class Enclave:
                 self._sessions,
                 self._recorder,
                 budget=self._limits.budget,
-                threads=self._limits.threads,
             )
         except RefusedModelError as error:
             kind = frames.error_kind(error.reason)
@@ -223,10 +216,33 @@ class Enclave:
         self._loader = threading.Thread(target=made.weights.load_ahead, name="loader", daemon=True)
         self._loader.start()
         self._arrangement = made
+        for lane in made.lanes:
+            thread = threading.Thread(
+                target=self._compute, args=(lane.number,), name="compute", daemon=True
+            )
+            self._computing.append(thread)
+            thread.start()
         return m.Arranged(command.id, made.pool.used, time.perf_counter() - start)
 
+    def _take_shape(self, lanes: int) -> None:
+        """A batch for each thread, or all on one: the first models decide, for good."""
+        threads = self._limits.threads
+        if lanes not in (1, threads):
+            raise InvalidInputError(f"{lanes} lanes; {threads} threads make 1 or {threads}")
+        if self._lanes and lanes != self._lanes:
+            raise InvalidInputError(f"{lanes} lanes in an enclave that began with {self._lanes}")
+        if not self._lanes and lanes < threads:
+            share_threads(threads)
+            self._sessions.shared_threads = True
+        self._lanes = lanes
+
     def _dissolve(self) -> None:
-        """Give up the arrangement; nothing is inside."""
+        """Give up the arrangement; its threads finish what is inside, if anything."""
+        for _ in self._computing:
+            self._jobs.put(None)
+        for thread in self._computing:
+            thread.join()
+        self._computing.clear()
         if self._arrangement is None or self._loader is None:
             return
         weights = self._arrangement.weights
@@ -327,15 +343,6 @@ class Enclave:
         return self._counters.stats(id_, self._arrangement)
 
     # The end, and the socket.
-
-    def _join(self) -> None:
-        """Let what is queued finish and end all threads."""
-        for _ in self._lanes:
-            self._jobs.put(None)
-        for thread in self._lanes:
-            thread.join()
-        self._lanes.clear()
-        self._dissolve()
 
     def _fail(self, id_: int, error: LasagnaError) -> None:
         self._send(_failed(id_, error))

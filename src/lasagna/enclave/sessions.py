@@ -64,35 +64,48 @@ def set_workspace_arena(size: int) -> None:
         raise BudgetError(f"there is no workspace of {size} bytes ({kind})") from None
 
 
+def share_threads(threads: int) -> None:
+    """Let all sessions that this process opens from now on compute with the same threads.
+
+    With a pool for each of its sessions a model in 30 slices would have 30 of them. For good: ONNX
+    Runtime makes this pool once, and then opens no session with one of its own.
+    """
+    ort.set_global_thread_pool_sizes(threads, 1)
+
+
 def open_slice_session(
     model: bytes,
-    threads: int,
     constants: Mapping[str, NDArray[Any]] | None = None,
     *,
     own_arena: bool = False,
+    shared_threads: bool = False,
 ) -> ort.InferenceSession:
     """A session of a slice's graph as it stands, in the shared workspace arena.
 
     Args:
         model: the slice's serialised graph.
-        threads: intra-op threads; with 1 the session starts none.
         constants: values of a frozen graph's weights. The session copies them into the
             arena, packed for its kernels where that helps.
         own_arena: as ONNX Runtime does it by default: an arena of the session's own, that grows,
             and reuse of blocks by a pattern of earlier runs.
+        shared_threads: compute with those of ``share_threads``, which don't sleep while a run
+            lasts; else with the calling thread alone.
 
     Raises:
         PackageError: ONNX Runtime does not accept the graph.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
+    if shared_threads:
+        options.use_per_session_threads = False
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     if not own_arena:
         options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once
         options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if constants:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
         options.add_external_initializers(list(constants), values)

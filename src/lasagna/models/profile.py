@@ -74,7 +74,7 @@ def profile_slice(
     if not timed:
         return Profile(workspace, ())
     set_workspace_arena(max(workspace) * 2)
-    session = open_slice_session(piece.model, threads=1)
+    session = open_slice_session(piece.model)
     seconds = []
     for rows in PROFILE_BATCHES if batchable else PROFILE_BATCHES[:1]:
         feeds, results = _rows(piece, tensors, rows, rng)
@@ -143,7 +143,7 @@ def _workspace(
     limit = 64 * (size + MIB) + 2 * sum(a.nbytes for a in (*feeds.values(), *results.values()))
     while size < limit:
         set_workspace_arena(size)
-        session = open_slice_session(model, threads=1)
+        session = open_slice_session(model)
         try:
             for _ in range(2):  # a second run allocates in another order
                 session.run_with_iobinding(_bind(session, feeds, results))

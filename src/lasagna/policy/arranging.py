@@ -68,9 +68,15 @@ class Arranger:
     """The plan in force, the one to come, and the pins on their way."""
 
     def __init__(self, machine: Machine, style: Style) -> None:
-        """No enclave, no plan."""
+        """No enclave, no plan.
+
+        Args:
+            machine: with a lane for each of its threads.
+            style: what plans may make use of.
+        """
         self.present: MemoryPlan | None = None
-        self._machine = machine
+        self._every = machine.shapes() if style.together else (machine,)
+        self.shapes = self._every
         self._style = style
         self._enclave = Enclave.ABSENT
         self._wanted: MemoryPlan | None = None
@@ -84,6 +90,11 @@ class Arranger:
         self._noted_s = 0.0
         self._moves: deque[Pin | Unpin] = deque()
         self._moving: Pin | Unpin | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """In the shape that the enclave has taken, or may take."""
+        return self.shapes[0]
 
     @property
     def open(self) -> bool:
@@ -115,6 +126,7 @@ class Arranger:
     def enclave_lost(self) -> None:
         """It is gone, with its pins and moves."""
         self._become("EnclaveLost")
+        self.shapes = self._every
         self._moves.clear()
         self._moving = None
 
@@ -130,8 +142,10 @@ class Arranger:
     def planned(self, event: Planned) -> None:
         """Choose between the plan as it is, other pins, and another plan."""
         self._planning = False
+        if not any(_has_shape(event.best, shape) for shape in self.shapes):
+            self._stale = True  # the enclave has taken another one meanwhile
         if self._stale:
-            return  # the models have changed meanwhile
+            return  # or the models have changed
         present, kept = self.present, event.kept
         if kept is None or present is None or set(event.best.costs) != set(present.costs):
             self._wanted = event.best
@@ -142,7 +156,7 @@ class Arranger:
             self._wanted = event.best
             self._moves.clear()
         elif not self._moving and mean_s(kept, demand) < (1 - MOVE_GAIN) * mean_s(present, demand):
-            self._moves = _moves(present, kept, self._machine)
+            self._moves = _moves(present, kept, self.machine)
 
     def moved(self, *, failed: bool) -> str | None:
         """The last move is done; the model of which other slices are pinned now."""
@@ -182,7 +196,7 @@ class Arranger:
             self._planning, self._stale, self._looked_s = True, False, now_s
             self._planned_for = shares(models, self._demand)
             present = self._comparable(models)
-            out.append(Plan(models, self._planned_for, self._machine, self._style, present))
+            out.append(Plan(models, self._planned_for, self.shapes, self._style, present))
         wants = self._wanted is not None or self._empty
         if self._moving is not None or self._enclave not in (Enclave.READY, Enclave.OPEN):
             return False
@@ -190,12 +204,20 @@ class Arranger:
             self.present, self._wanted, self._empty = self._wanted, None, False
             self._become("Arrange")
             self._moves.clear()
+            self._take_shape()
             out.append(Arrange(self.present))
             return True
         if self._enclave is Enclave.OPEN and self._moves and not wants:
             self._moving = self._moves.popleft()
             out.append(self._moving)
         return False
+
+    def _take_shape(self) -> None:
+        """The first plan of an enclave's life fixes how its threads share the work."""
+        if self.present is not None:
+            plan = self.present
+            self.shapes = tuple(shape for shape in self.shapes if _has_shape(plan, shape))
+            assert self.shapes
 
     def _become(self, by: str) -> None:
         following = _NEXT.get((self._enclave, by))
@@ -220,6 +242,10 @@ class Arranger:
         self._looked_s = now_s
         now, then = shares(models, self._demand), self._planned_for
         return _distance(now, then) > SHIFT
+
+
+def _has_shape(plan: MemoryPlan, machine: Machine) -> bool:
+    return (plan.lanes, plan.width) == (machine.lanes, machine.width)
 
 
 def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:

@@ -55,7 +55,7 @@ POLICIES: Final = {
         Policy(
             "vanilla",
             "the whole model in one ONNX Runtime session, first come first served, memory paged",
-            Style(staged=False, max_rows=1, whole=False),
+            Style(staged=False, max_rows=1, whole=False, together=False),
             in_order=True,
             paged=True,
         ),

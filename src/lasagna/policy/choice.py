@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from lasagna.policy.costs import Correction
+from lasagna.policy.stages import Machine, alone_s, visit_s
 from lasagna.policy.state import NEVER, ModelState, Request, StageState
 
 ERRORS_KEPT: Final = 1000
@@ -16,39 +17,39 @@ ERRORS_KEPT: Final = 1000
 class Choice:
     """Predicts visits and compares them. See ``policy.scheduler`` for the rule."""
 
-    def __init__(
-        self, entry_s: float, patience_s: float, lanes: int = 1, *, in_order: bool = False
-    ) -> None:
+    def __init__(self, machine: Machine, patience_s: float, *, in_order: bool = False) -> None:
         """Nothing is planned.
 
         Args:
-            entry_s: what a call into the enclave takes.
+            machine: that it is for.
             patience_s: who has waited so long is urgent.
-            lanes: runs of one gang.
             in_order: who came first goes first, whatever that costs.
         """
         self._in_order = in_order
-        self._lanes = lanes
+        self._machine = machine
         self.loading = Correction()
         self.errors: deque[float] = deque(maxlen=ERRORS_KEPT)
-        self._entry_s = entry_s
         self._patience_s = patience_s
         self._longest_s = 0.0
 
-    def planned(self, models: Iterable[ModelState]) -> None:
-        """The stages are new: how long may one visit keep others waiting?"""
+    def planned(self, models: Iterable[ModelState], machine: Machine) -> None:
+        """Stages and shape are new: how long may one visit keep others waiting?"""
+        self._machine = machine
         visits = [
-            self.visit_s(model, stage, stage.plan.rows)
+            self._alone_s(model, stage, stage.plan.rows)
             for model in models
             for stage in model.stages
         ]
         self._longest_s = max(visits, default=0.0)
 
     def profile_s(self, model: ModelState, stage: StageState, rows: int) -> float:
-        """Seconds of computing that the profile says."""
+        """Seconds of computing on one lane that the profile says."""
         found = stage.profile_s.get(rows)
         if found is None:
-            found = model.costs.compute_at(stage.plan.first, stage.plan.last, rows)
+            first, last = stage.plan.first, stage.plan.last
+            found = self._machine.batch_s(
+                model.costs.compute_at(first, last, rows), model.costs.compute_at(first, last, 1)
+            )
             stage.profile_s[rows] = found
         return found
 
@@ -68,20 +69,25 @@ class Choice:
         own.note(profile_s, measured_s)
         stage.correction.note(profile_s, measured_s)
 
-    def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
-        """Seconds of a visit: loading overlaps computing."""
-        compute_s = self.compute_s(model, stage, rows)
-        return max(compute_s, self.loading.factor * stage.load_s) + self._entry_s
+    def _alone_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds from the start of a run to its end."""
+        load_s = self.loading.factor * stage.load_s
+        return alone_s(self.compute_s(model, stage, rows), load_s, self._machine)
+
+    def _visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of the server for one run of a gang."""
+        load_s = self.loading.factor * stage.load_s
+        return visit_s(self.compute_s(model, stage, rows), load_s, self._machine)
 
     def row_s(self, model: ModelState) -> float:
         """Seconds that a row takes of the server, when all batches are full."""
         return sum(
-            self.visit_s(model, stage, stage.plan.rows) / stage.plan.rows for stage in model.stages
+            self._visit_s(model, stage, stage.plan.rows) / stage.plan.rows for stage in model.stages
         )
 
     def through_s(self, model: ModelState, index: int) -> float:
         """Seconds that a row needs from this stage to the end, alone."""
-        return sum(self.visit_s(model, stage, 1) for stage in model.stages[index:])
+        return sum(self._alone_s(model, stage, 1) for stage in model.stages[index:])
 
     def best(
         self,
@@ -104,7 +110,7 @@ class Choice:
         for model in models:
             for index, stage in enumerate(model.stages):
                 outside = model.outside.rows if admit and not index else 0
-                rows = min(stage.waiting_rows + outside, self._lanes * stage.plan.rows)
+                rows = min(stage.waiting_rows + outside, self._machine.lanes * stage.plan.rows)
                 if index + 1 < len(model.stages):
                     following = model.stages[index + 1]
                     rows = min(rows, following.capacity - following.held)
@@ -136,7 +142,7 @@ class Choice:
             slack_s = deadline_s - now_s - self.through_s(model, index)
             if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
                 return (1.0, deadline_s)
-        full, each = stage.plan.rows, -(-rows // self._lanes)
-        share = rows / (self._lanes * full)
-        efficiency = share * self.visit_s(model, stage, full) / self.visit_s(model, stage, each)
+        full, each = stage.plan.rows, -(-rows // self._machine.lanes)
+        share = rows / (self._machine.lanes * full)
+        efficiency = share * self._visit_s(model, stage, full) / self._visit_s(model, stage, each)
         return (2.0, -round(efficiency, 6), -index, since_s)

@@ -207,14 +207,15 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Work out ``memory.divide`` of these, and ``memory.repin`` of the present plan; then Planned.
+    """Work out ``memory.divide_best`` of these, and ``memory.repin`` of the present plan.
 
-    That takes too long to be done between two requests.
+    That takes too long to be done between two requests; Planned follows. The present plan is for
+    the first of the machines.
     """
 
     models: Mapping[str, Forms]
     demand: Mapping[str, float]
-    machine: Machine
+    machines: tuple[Machine, ...]
     style: Style
     present: MemoryPlan | None
 

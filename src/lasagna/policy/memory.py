@@ -56,7 +56,7 @@ class MemoryPlan:
         slots: of the ring, each of slot_bytes; 0 when everything is pinned.
         input_slots: for opened inputs of runs that wait, each of input_bytes; 0 to open them when
             the run begins.
-        lanes: compute threads.
+        lanes: batches that are computed at once, each by so many threads as width says.
         activation_bytes: of the batch that runs on one of them.
         workspace_bytes: of kernels, for all threads, and of copies of weights in sessions.
         staging_bytes: of ciphertext on its way.
@@ -73,6 +73,7 @@ class MemoryPlan:
     input_slots: int
     input_bytes: int
     lanes: int
+    width: int
     activation_bytes: int
     workspace_bytes: int
     staging_bytes: int
@@ -107,12 +108,14 @@ class Style:
         max_rows: of a batch.
         pin: keep weights where there is room; otherwise stream all of them.
         whole: run models whole where they fit.
+        together: let all threads compute one batch where that is better.
     """
 
     staged: bool = True
     max_rows: int = 32
     pin: bool = True
     whole: bool = True
+    together: bool = True
 
 
 @dataclass(slots=True)
@@ -173,6 +176,7 @@ class _Search:
             input_slots=2 * machine.lanes if apart else 0,
             input_bytes=whole_pages(inputs) if apart else 0,
             lanes=machine.lanes,
+            width=machine.width,
             activation_bytes=whole_pages(activations),
             workspace_bytes=whole_pages(workspace),
             staging_bytes=(machine.lanes + 1) * whole_pages(min(largest, machine.chunk_bytes) + 64),
@@ -278,6 +282,33 @@ class _Search:
             chosen = choose_pinned(own, times, room, ring) if room > 0 else frozenset()
             kept[name] |= {numbers[index] for index in chosen}
             room -= sum(own[index] for index in chosen)
+
+
+def divide_best(
+    models: Mapping[str, Forms],
+    demand: Mapping[str, float],
+    machines: Iterable[Machine],
+    style: Style,
+) -> MemoryPlan:
+    """``divide`` for the machine of these on which a mean request takes the least time.
+
+    Raises:
+        BudgetError: there is no division for any of them.
+    """
+    best: MemoryPlan | None = None
+    shortage: BudgetError | None = None
+    for machine in machines:
+        try:
+            plan = divide(models, demand, machine, style)
+        except BudgetError as error:
+            shortage = error
+            continue
+        if best is None or mean_s(plan, demand) < mean_s(best, demand):
+            best = plan
+    if best is None:
+        assert shortage is not None, "no machine"
+        raise shortage
+    return best
 
 
 def divide(

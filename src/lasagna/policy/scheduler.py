@@ -67,7 +67,7 @@ class Scheduler:
         """No enclave runs, and no model is known.
 
         Args:
-            machine: memory, threads and rates.
+            machine: memory, threads and rates, with a lane for each thread.
             settings: what the operator chose.
         """
         self._machine = machine
@@ -79,9 +79,7 @@ class Scheduler:
         self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
         self._runs = 0
         self._arranger = Arranger(machine, settings.style)
-        self._choice = Choice(
-            machine.entry_s, settings.patience_s, machine.lanes, in_order=settings.in_order
-        )
+        self._choice = Choice(machine, settings.patience_s, in_order=settings.in_order)
         self.stories = Stories()
 
     @property
@@ -268,7 +266,7 @@ class Scheduler:
     def _added(self, event: ModelAdded) -> None:
         assert event.model not in self._models
         forms = {**self._forms, event.model: event.forms}
-        require_fits(forms, self._machine, self._settings.style)
+        require_fits(forms, self._arranger.shapes[-1], self._settings.style)
         self._forms = forms
         outside = FairQueue(self._shares)
         self._models[event.model] = ModelState(event.model, event.forms[0], outside)
@@ -290,7 +288,7 @@ class Scheduler:
         """The memory is divided anew; nothing is in the enclave."""
         for model in self._models.values():
             model.divide(self._arranger.present, self._machine.load_rate)
-        self._choice.planned(self._models.values())
+        self._choice.planned(self._models.values(), self._arranger.machine)
 
     # What runs next.
 
@@ -301,7 +299,8 @@ class Scheduler:
         """
         if self._arranger.step(self._forms, now_s, self._inside, out):
             self._new_stages()
-        while self._arranger.open and len(self._running) <= self._machine.lanes:
+        lanes = self._arranger.machine.lanes
+        while self._arranger.open and len(self._running) <= lanes:
             if any(self._exclusive(run) for run, *_ in self._running.values()):
                 return
             visit = self._choice.best(
@@ -313,8 +312,8 @@ class Scheduler:
             head = self._head(model, index, now_s)
             if self._requests[head].deaths and self._running:
                 return
-            for lane in range(self._machine.lanes):
-                share = min(model.stages[index].plan.rows, -(-rows // (self._machine.lanes - lane)))
+            for lane in range(lanes):
+                share = min(model.stages[index].plan.rows, -(-rows // (lanes - lane)))
                 if share:
                     run = self._start(model, index, share, now_s)
                     out.append(run)

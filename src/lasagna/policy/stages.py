@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final
 
@@ -15,6 +15,11 @@ SLICE_S: Final = 0.00012
 """What calling a slice costs beside computing: binding, locks, and Python's threads in turn."""
 COPY_RATE: Final = 4e9
 """Bytes a second that one thread copies."""
+TOGETHER_LOSS: Final = 0.15
+"""Threads that compute one batch together wait for each other, as long as this share of a row takes
+(docs/experiments/0005-local-scheduler.md)."""
+APART_LOSS: Final = 0.05
+"""Threads with a batch each wait for the slowest where they share loads: this share more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +28,12 @@ class Machine:
 
     Attributes:
         budget: bytes for everything that a plan names.
-        lanes: compute threads.
+        lanes: batches that are computed at once.
         cores: processors for those and for loading.
         load_rate: bytes a second that one thread decrypts.
         entry_s: what a call into the enclave takes.
         chunk_bytes: largest piece of ciphertext that a thread decrypts at once.
-        width: threads that compute one batch together.
+        width: threads that compute one batch together; more than one only with one lane.
     """
 
     budget: int
@@ -38,6 +43,27 @@ class Machine:
     entry_s: float
     chunk_bytes: int = 1 << 20
     width: int = 1
+
+    def shapes(self) -> tuple[Machine, ...]:
+        """The ways in which its threads may share the work: a batch each, or all on one batch.
+
+        One batch takes the memory of one, so it can be twice as large with two threads, and a load
+        of weights serves twice the rows. But threads wait for each other in every layer.
+        """
+        if self.lanes == 1:
+            return (self,)
+        return self, replace(self, lanes=1, width=self.lanes * self.width)
+
+    def batch_s(self, compute_s: float, row_s: float) -> float:
+        """Seconds that a batch takes on one lane.
+
+        Args:
+            compute_s: of one thread that has the machine to itself.
+            row_s: the same of a batch of one row.
+        """
+        if self.width > 1:
+            return (compute_s + TOGETHER_LOSS * row_s) / self.width
+        return compute_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +85,7 @@ def stages_within(
     """
     count = len(costs.slices)
     limits = [_rows_within(costs, n, each, max_rows) for n in range(count)]
-    compute = {rows: _sums(SLICE_S + one.compute_at(rows) for one in costs.slices) for rows in ROWS}
+    compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
     load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
     best = [0.0] + [float("inf")] * count
     chosen = [(0, 1)] * (count + 1)
@@ -73,8 +99,11 @@ def stages_within(
                 rows = _rows_gathered(costs, first, before, limit, size, machine.lanes)
             if not rows:
                 continue
-            compute_s = compute[rows][last] - compute[rows][first] + copy_s(costs, first, rows)
-            visit = _visit_s(compute_s, load[last] - load[first], machine)
+            compute_s = machine.batch_s(
+                compute[rows][last] - compute[rows][first], compute[1][last] - compute[1][first]
+            )
+            compute_s += copy_s(costs, first, rows) + SLICE_S * (last - first)
+            visit = visit_s(compute_s, load[last] - load[first], machine)
             total = best[first] + visit / rows
             if total < best[last] - 1e-12:
                 best[last], chosen[last] = total, (first, rows)
@@ -110,20 +139,35 @@ def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
     return 2 * rows * costs.cut_bytes[cut] / COPY_RATE if cut else 0.0
 
 
-def _visit_s(
-    compute_s: float, load_s: float, machine: Machine, *, overlapped: bool = True
-) -> float:
+def alone_s(compute_s: float, load_s: float, machine: Machine) -> float:
+    """Seconds of one run, from its entry to its end: loading overlaps computing.
+
+    Args:
+        compute_s: of the threads that compute it together.
+        load_s: decrypting its weights.
+        machine: that it runs on.
+    """
+    return max(compute_s, load_s) + machine.entry_s
+
+
+def visit_s(compute_s: float, load_s: float, machine: Machine, *, overlapped: bool = True) -> float:
     """Seconds of the server for one run: of its lanes, or of its cores if these are short.
 
-    Runs go in gangs, one on each lane, and share what is loaded. With a single slot in the ring
-    loading does not overlap computing.
+    Runs go in gangs, one on each lane, and share what is loaded.
+
+    Args:
+        compute_s: of the threads that compute it together.
+        load_s: decrypting its weights.
+        machine: that it runs on.
+        overlapped: False where the ring has a single slot: then loading does not overlap computing.
     """
-    lanes = machine.lanes
-    busy = compute_s + load_s / lanes + machine.entry_s
-    computing_s = compute_s / machine.width
-    alone = max(computing_s, load_s) if overlapped else computing_s + load_s
-    alone += machine.entry_s
-    return max(alone / lanes, busy / machine.cores)
+    if machine.lanes > 1 and load_s > 0.0:
+        compute_s *= 1 + APART_LOSS
+    alone = compute_s + load_s + machine.entry_s
+    if overlapped:
+        alone = alone_s(compute_s, load_s, machine)
+    busy = machine.width * compute_s + load_s / machine.lanes + machine.entry_s
+    return max(alone / machine.lanes, busy / machine.cores)
 
 
 def request_s(
@@ -140,11 +184,14 @@ def request_s(
         streamed = sum(
             costs.slices[n].weight_bytes for n in range(stage.first, stage.last) if n not in pinned
         )
-        compute_s = costs.compute_at(stage.first, stage.last, stage.rows)
+        compute_s = machine.batch_s(
+            costs.compute_at(stage.first, stage.last, stage.rows),
+            costs.compute_at(stage.first, stage.last, 1),
+        )
         compute_s += copy_s(costs, stage.first, stage.rows)
         compute_s += SLICE_S * (stage.last - stage.first)
         load_s = streamed / machine.load_rate
-        total += _visit_s(compute_s, load_s, machine, overlapped=overlapped) / stage.rows
+        total += visit_s(compute_s, load_s, machine, overlapped=overlapped) / stage.rows
     return total
 
 

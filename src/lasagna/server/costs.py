@@ -75,23 +75,21 @@ def _slice(facts: SliceFacts, reach: int) -> SliceCosts:
     return SliceCosts(facts.weight_bytes, seconds, facts.workspace)
 
 
-def machine_of(budget: int, lanes: int, width: int = 1, *, paged: bool = False) -> Machine:
+def machine_of(budget: int, threads: int, *, paged: bool = False) -> Machine:
     """What an enclave on this machine has.
 
     Args:
         budget: bytes of enclave memory.
-        lanes: compute threads, each with a batch of its own.
-        width: threads that compute one batch together.
+        threads: that compute, each with a batch of its own; see ``Machine.shapes``.
         paged: the budget is not kept.
     """
     return Machine(
         budget=UNLIMITED if paged else budget,
-        lanes=lanes,
+        lanes=threads,
         cores=max(1, len(os.sched_getaffinity(0))),
         load_rate=LOAD_RATE,
         entry_s=ENTRY_S,
         chunk_bytes=CHUNK_BYTES,
-        width=width,
     )
 
 
@@ -104,7 +102,7 @@ def arrange_message(id_: int, plan: MemoryPlan | None, digests: Mapping[str, byt
         digests: of the models, by name.
     """
     if plan is None:
-        return m.Arrange(id_, (), 0, 0, 0, 0, 0, 0)
+        return m.Arrange(id_, (), 1, 0, 0, 0, 0, 0, 0)
     models = []
     for name, stages in plan.stages.items():
         befores = (None, *stages)
@@ -127,6 +125,7 @@ def arrange_message(id_: int, plan: MemoryPlan | None, digests: Mapping[str, byt
     return m.Arrange(
         id_,
         tuple(models),
+        plan.lanes,
         plan.slots,
         plan.slot_bytes,
         plan.input_slots,

@@ -25,7 +25,7 @@ from lasagna.package.forms import choose_variant
 from lasagna.package.reader import Package
 from lasagna.policy import events as e
 from lasagna.policy.costs import Forms
-from lasagna.policy.memory import divide, repin
+from lasagna.policy.memory import divide_best, repin
 from lasagna.server.costs import arrange_message, forms_of
 from lasagna.server.plan_facts import plan_facts
 from lasagna.server.served import State
@@ -172,10 +172,10 @@ class Driver:
         start = time.perf_counter()
 
         def work() -> e.Planned:
-            best = divide(command.models, command.demand, command.machine, command.style)
+            best = divide_best(command.models, command.demand, command.machines, command.style)
             kept = command.present
             if kept is not None:
-                kept = repin(kept, command.demand, command.machine)
+                kept = repin(kept, command.demand, command.machines[0])
             return e.Planned(0.0, best, kept)
 
         try:

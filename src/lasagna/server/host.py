@@ -102,9 +102,7 @@ class EnclaveHost:
                 raise UsageError(f"two packages are called {model.name!r}")
             self.models[model.name] = model
         self.scheduler = Scheduler(
-            machine_of(
-                config.budget, config.threads, config.intra_op_threads, paged=self.policy.paged
-            ),
+            machine_of(config.budget, config.threads, paged=self.policy.paged),
             Settings(
                 queue_rows=config.queue_limit,
                 weights=config.tenant_weights,

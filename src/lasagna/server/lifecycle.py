@@ -57,8 +57,7 @@ class HostConfig:
 
     Attributes:
         budget: bytes of enclave memory, for all its models.
-        threads: compute threads, each with a run of its own.
-        intra_op_threads: threads within one layer.
+        threads: that compute; the plan says whether each has a batch of its own.
         max_batch: rows of one request at most, and of one batch; the plan may allow fewer of these.
         queue_limit: rows that may wait.
         policy: name of the scheduling policy, one of ``policy.baselines.POLICIES``.
@@ -73,7 +72,6 @@ class HostConfig:
 
     budget: Bytes
     threads: int = 1
-    intra_op_threads: int = 1
     max_batch: int = 32
     queue_limit: int = 256
     policy: str = "lasagna"
@@ -134,7 +132,6 @@ async def enclave_life(
                     socket=path,
                     budget=config.budget,
                     threads=config.threads,
-                    intra_op_threads=config.intra_op_threads,
                     frame_limit=config.frame_limit,
                 )
             )

@@ -17,15 +17,13 @@ class EnclaveSpec:
     Attributes:
         socket: absolute path of the Unix socket on which the host listens already.
         budget: bytes of enclave memory that it may use.
-        threads: compute threads, each working on a request of its own.
-        intra_op_threads: threads within one layer; more than one only with one compute thread.
+        threads: that compute.
         frame_limit: longest frame that it accepts from the host, in bytes.
     """
 
     socket: Path
     budget: Bytes
     threads: int = 1
-    intra_op_threads: int = 1
     frame_limit: int = DEFAULT_FRAME_LIMIT
 
     def arguments(self) -> tuple[str, ...]:
@@ -34,7 +32,6 @@ class EnclaveSpec:
             f"--socket={self.socket}",
             f"--budget={self.budget}",
             f"--threads={self.threads}",
-            f"--intra-op-threads={self.intra_op_threads}",
             f"--frame-limit={self.frame_limit}",
         )
 
