@@ -1,7 +1,7 @@
 """``python -m lasagna.bench NAME``: run one benchmark.
 
 A benchmark is a module with ``run(*, quick: bool) -> Result``, entered in `BENCHMARKS`. It is
-imported only when it is run.
+imported only when it is run. Those in `PARTED` take ``only`` as well, names of parts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "overhead": "lasagna.bench.overhead",
     "policy": "lasagna.bench.policy",
 }
+PARTED: Final = frozenset(["local"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,25 +40,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m lasagna.bench",
         description="Run one benchmark.",
         # In the usage, for argparse prints that with every error.
-        usage=f"%(prog)s NAME [--quick] [--out OUT]\nbenchmarks: {', '.join(names)}",
+        usage="%(prog)s NAME [--quick] [--only PART ...] [--out OUT]\n"
+        f"benchmarks: {', '.join(names)}",
     )
     parser.add_argument("name", choices=names, metavar="NAME", help="one of the benchmarks above")
     parser.add_argument("--quick", action="store_true", help="a short run, to NAME-quick.json")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="a part, to NAME-part.json",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     chosen = parser.parse_args(arguments)
+    if chosen.only and chosen.name not in PARTED:
+        parser.error(f"{chosen.name} has no parts to choose from")
     try:
-        return _run(chosen.name, quick=chosen.quick, out=chosen.out)
+        return _run(chosen.name, quick=chosen.quick, only=chosen.only, out=chosen.out)
     except LasagnaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
 
-def _run(name: str, *, quick: bool, out: Path) -> int:
+def _run(name: str, *, quick: bool, only: Sequence[str], out: Path) -> int:
     load_before = os.getloadavg()[0]
     before = read_ticks()
-    result: Result = importlib.import_module(BENCHMARKS[name]).run(quick=quick)
+    options = {"only": only} if only else {}
+    result: Result = importlib.import_module(BENCHMARKS[name]).run(quick=quick, **options)
     return write_results(
-        name,
+        f"{name}-part" if only else name,
         samples=result.samples,
         bars=result.bars,
         extra=result.extra,
