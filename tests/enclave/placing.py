@@ -11,7 +11,8 @@ from lasagna.enclave.sessions import native_block
 from lasagna.enclave.spans import Recorder
 from lasagna.package.forms import Form, choose_variant
 from lasagna.package.reader import OpenPackage, Package
-from lasagna.policy.memory import MemoryPlan, Style, divide
+from lasagna.policy.memory import divide
+from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.server.costs import arrange_message, forms_of, machine_of
 from lasagna.trust.keys import SecretKey, ServiceSecret, service_keys
 

@@ -16,7 +16,7 @@ from lasagna.enclave.model import LoadedModel, Model
 from lasagna.errors import BudgetError, InvalidInputError, ModelNotFoundError, PackageError
 from lasagna.package.format import SliceFacts
 from lasagna.package.forms import Form
-from lasagna.policy.memory import Style
+from lasagna.policy.plan import Style
 from lasagna.units import MIB
 
 from .conftest import Sealed

@@ -9,7 +9,8 @@ import pytest
 from tests.policy.machine import MACHINE, MB, enclave, linear
 
 from lasagna.policy.events import ModelAdded, ModelRemoved
-from lasagna.policy.memory import Style, divide_best
+from lasagna.policy.memory import divide_best
+from lasagna.policy.plan import Style
 from lasagna.policy.state import Settings
 
 TWO = replace(MACHINE, lanes=2)

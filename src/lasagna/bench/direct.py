@@ -35,7 +35,8 @@ from lasagna.errors import EnclaveLostError, LasagnaError
 from lasagna.package.format import TensorSpec
 from lasagna.package.forms import choose_variant
 from lasagna.package.reader import Package
-from lasagna.policy.memory import Style, divide
+from lasagna.policy.memory import divide
+from lasagna.policy.plan import Style
 from lasagna.policy.stages import Machine
 from lasagna.server.costs import arrange_message, forms_of, machine_of
 from lasagna.server.plan_facts import plan_facts

@@ -27,7 +27,7 @@ from typing import Final
 
 from lasagna.policy.costs import Forms
 from lasagna.policy.events import Arrange, Command, Pin, Plan, Planned, Unpin
-from lasagna.policy.memory import MemoryPlan, Style, mean_s, shares
+from lasagna.policy.plan import MemoryPlan, Style, mean_s, shares
 from lasagna.policy.stages import Machine
 from lasagna.units import whole_pages
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lasagna.errors import UsageError
-from lasagna.policy.memory import Style
+from lasagna.policy.plan import Style
 
 
 @dataclass(frozen=True, slots=True)

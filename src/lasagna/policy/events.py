@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lasagna.policy.costs import Forms
-from lasagna.policy.memory import MemoryPlan, Style
+from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.policy.stages import Machine
 
 

@@ -51,7 +51,8 @@ from lasagna.policy.events import (
     RunFailed,
 )
 from lasagna.policy.fair import FairQueue, Shares, Waiting
-from lasagna.policy.memory import MemoryPlan, require_fits
+from lasagna.policy.memory import require_fits
+from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.stages import Machine
 from lasagna.policy.state import ModelState, Request, Settings
 from lasagna.policy.story import Stories

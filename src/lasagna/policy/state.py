@@ -10,7 +10,7 @@ from typing import Final
 from lasagna.policy.costs import Correction, ModelCosts
 from lasagna.policy.events import Arrived, Rows
 from lasagna.policy.fair import FairQueue
-from lasagna.policy.memory import MemoryPlan, Style
+from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.policy.stages import Stage, waiting_rows
 
 NEVER: Final = float("inf")

@@ -11,7 +11,7 @@ from lasagna.enclave import messages as m
 from lasagna.package.format import CHUNK_BYTES, SliceFacts, Variant
 from lasagna.package.forms import Form, cut_bytes, extents, in_form
 from lasagna.policy.costs import BATCHES, Forms, ModelCosts, SliceCosts
-from lasagna.policy.memory import MemoryPlan
+from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.stages import Machine, waiting_rows
 
 LOAD_RATE: Final = 3.0e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lasagna.policy.memory import MemoryPlan
+from lasagna.policy.plan import MemoryPlan
 
 
 class StageFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
