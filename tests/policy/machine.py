@@ -37,8 +37,8 @@ from lasagna.policy.events import (
 )
 from lasagna.policy.memory import divide_best, repin
 from lasagna.policy.scheduler import Scheduler
-from lasagna.policy.stages import Machine
-from lasagna.policy.state import Settings
+from lasagna.policy.stages import Machine, sealing_s
+from lasagna.policy.state import Phase, Settings
 from lasagna.units import whole_pages
 
 MB = 1_000_000
@@ -79,9 +79,17 @@ def check(scheduler: Scheduler) -> None:
     for part in (part for run, *_ in running for part in run.batch):
         inside[part.request] += part.count
     for number, request in scheduler._requests.items():
-        outside = scheduler._models[request.facts.model].outside.left(number)
+        model = scheduler._models[request.facts.model]
+        outside = model.outside.left(number)
         assert outside + inside[number] == request.left
         assert request.left > 0
+        begins = model.stages[0].waiting if model.stages else ()
+        untaken = outside + sum(part.count for part in begins if part.request == number)
+        assert request.untaken == untaken
+        assert (request.phase is Phase.INSIDE) == (untaken == 0)
+        if request.phase in (Phase.WAITING, Phase.AGAIN):
+            assert untaken == request.facts.rows
+            assert not any(part.request == number for run, *_ in running for part in run.batch)
     lanes = scheduler._arranger.machine.lanes
     assert len(running) <= 2 * lanes
 
@@ -103,6 +111,9 @@ class Enclave:
     pinned: set[tuple[str, int]] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
     forgotten: set[int] = field(default_factory=set)
+    known: dict[int, int] = field(default_factory=dict)
+    """Requests that a real enclave would hold keys of, and how many of their rows have left it."""
+    rows: dict[int, int] = field(default_factory=dict)
     arranged: int = 0
     moves: int = 0
     _queue: list[Run] = field(default_factory=list)
@@ -164,6 +175,7 @@ class Enclave:
                     self.tell(Moved(self.now_s))
                 case Forget(request):
                     self.forgotten.add(request)
+                    del self.known[request]
                     running = {
                         (part.request, row)
                         for run in (*self._queue, *(r for *_, r in self._ends))
@@ -189,6 +201,7 @@ class Enclave:
         assert stage.last == run.last
         assert 1 <= sum(part.count for part in run.batch) <= stage.rows
         for part in run.batch:
+            self.known.setdefault(part.request, 0)
             for row in range(part.first, part.first + part.count):
                 assert self._at.get((part.request, row), 0) == run.first
                 self._at[part.request, row] = -1  # in a run
@@ -197,14 +210,8 @@ class Enclave:
         plan = self.scheduler.plan
         while self._queue and plan is not None and len(self._ends) < plan.lanes:
             run = self._queue.pop(0)
-            costs = self.models[run.model]
-            compute_s = self._compute_s(run)
-            load = sum(
-                costs.slices[n].weight_bytes
-                for n in range(run.first, run.last)
-                if (run.model, n) not in self.pinned
-            )
-            takes = max(compute_s, load / self.machine.load_rate) + self.machine.entry_s
+            busy_s = self._compute_s(run) + self._seal_s(run)
+            takes = max(busy_s, self._load_s(run)) + self.machine.entry_s
             heapq.heappush(self._ends, (self.now_s + takes, run.run, run))
 
     @property
@@ -222,8 +229,29 @@ class Enclave:
                 self._at[part.request, row] = run.first if failed else run.last
                 if (last and not failed) or part.request in self.forgotten:
                     del self._at[part.request, row]
-        compute_s = self._compute_s(run)
-        self.tell(RunFailed(self.now_s, run.run) if failed else Ran(self.now_s, run.run, compute_s))
+            if last and not failed and part.request in self.known:
+                self.known[part.request] += part.count
+                if self.known[part.request] == self.rows[part.request]:
+                    del self.known[part.request]
+        compute_s, seal_s = self._compute_s(run), self._seal_s(run)
+        load, load_s = self._load_bytes(run), self._load_s(run)
+        ran = Ran(self.now_s, run.run, compute_s, load, load_s, seal_s)
+        self.tell(RunFailed(self.now_s, run.run) if failed else ran)
+
+    def _load_bytes(self, run: Run) -> int:
+        slices = self.models[run.model].slices
+        return sum(
+            slices[n].weight_bytes
+            for n in range(run.first, run.last)
+            if (run.model, n) not in self.pinned
+        )
+
+    def _load_s(self, run: Run) -> float:
+        return self.factor * self._load_bytes(run) / self.machine.load_rate
+
+    def _seal_s(self, run: Run) -> float:
+        rows = sum(part.count for part in run.batch)
+        return self.factor * sealing_s(self.models[run.model], run.first, run.last, rows)
 
     def _compute_s(self, run: Run) -> float:
         plan, costs = self.scheduler.plan, self.models[run.model]
@@ -251,11 +279,13 @@ class Enclave:
         self._ends.clear()
         self._at.clear()
         self.pinned.clear()
+        self.known.clear()
         self.tell(EnclaveLost(self.now_s))
         self.tell(EnclaveReady(self.now_s))
 
-    def arrive(self, request: int, model: str, **facts: object) -> None:
-        self.tell(Arrived(self.now_s, request, model, **facts))  # type: ignore[arg-type]
+    def arrive(self, request: int, model: str, rows: int = 1, **facts: object) -> None:
+        self.rows[request] = rows
+        self.tell(Arrived(self.now_s, request, model, rows, **facts))  # type: ignore[arg-type]
 
     def cancel(self, request: int) -> None:
         self.tell(Cancelled(self.now_s, request))

@@ -12,10 +12,10 @@ from tests.policy.machine import MACHINE, MB, enclave, linear
 
 from lasagna.errors import BudgetError
 from lasagna.policy.costs import ModelCosts
-from lasagna.policy.events import ModelAdded, ModelRemoved
+from lasagna.policy.events import Arrived, ModelAdded, ModelRemoved
 from lasagna.policy.scheduler import Scheduler
-from lasagna.policy.stages import Machine
-from lasagna.policy.state import Settings
+from lasagna.policy.stages import Machine, sealing_s
+from lasagna.policy.state import Phase, Request, Settings, Step
 
 # As AlexNet: much memory a row and small weights at first, then 240 MB of weights, 70 ms to load,
 # for rows of 20 kB.
@@ -141,7 +141,7 @@ def test_a_deadline_goes_before_efficiency() -> None:
 def test_predictions_correct_themselves() -> None:
     rig = enclave({"vgg": TAPERED}, factor=1.7)
     saturate(rig, 30.0, lambda number: rig.arrive(number, "vgg"))
-    assert rig.scheduler.prediction_error < 0.1
+    assert rig.scheduler.prediction_errors.compute < 0.1
 
 
 def test_who_fails_a_batch_fails_alone() -> None:
@@ -203,15 +203,43 @@ def test_predictions_find_a_machine_that_is_not_the_sealers(factor: float) -> No
         if number % 3 == 0:
             rig.until(rig.now_s + 0.02)
     rig.drain()
-    assert rig.scheduler.prediction_error < 0.1
+    assert rig.scheduler.prediction_errors.compute < 0.1
     assert (
         0.5 * factor
-        < rig.scheduler._choice.compute_s(
+        < rig.scheduler._predictions.compute_s(
             rig.scheduler._models["small"], rig.scheduler._models["small"].stages[0], 1
         )
         / SMALL.compute_at(0, 2, 1)
         < 2 * factor
     )
+
+
+def test_predicted_are_loading_and_sealing_too() -> None:
+    rig = enclave({"vgg": TAPERED}, factor=1.7)
+    saturate(rig, 30.0, lambda number: rig.arrive(number, "vgg"))
+    errors = rig.scheduler.prediction_errors
+    assert 0.0 <= errors.seal < 0.1
+    assert 0.0 <= errors.load < 0.1
+    (stage,) = [one for one in rig.scheduler._models["vgg"].stages if one.load_s > 0.05]
+    predicted_s = rig.scheduler._predictions.load_s(stage)
+    assert predicted_s == pytest.approx(1.7 * stage.load_s, rel=0.01)
+    model = rig.scheduler._models["vgg"]
+    measured_s = 1.7 * sealing_s(TAPERED, 0, len(TAPERED.slices), 1)
+    predicted_s = sum(rig.scheduler._predictions.seal_s(model, stage, 1) for stage in model.stages)
+    assert predicted_s == pytest.approx(measured_s, rel=0.01)
+
+
+def test_an_ended_request_does_not_move_again() -> None:
+    request = Request(Arrived(0.0, 1, "a", rows=2), left=2, untaken=2)
+    request.take(1)
+    assert request.phase is Phase.PARTLY
+    with pytest.raises(KeyError):
+        request.move(Step.ANSWER)  # a row of it has not been taken
+    assert request.phase is Phase.PARTLY
+    request.move(Step.CANCEL)
+    for step in Step:
+        with pytest.raises(KeyError):
+            request.move(step)
 
 
 def test_a_request_has_a_story() -> None:
@@ -281,6 +309,7 @@ def test_every_request_ends_exactly_once(
     ends = [set(rig.answered), set(rig.refused), set(rig.given_up), cancelled]
     assert sorted(n for end in ends for n in end) == list(range(1, number + 1))
     assert rig.scheduler.waiting_rows == 0
+    assert not rig.known  # nothing of it stays in the enclave
     plan = rig.scheduler.plan
     assert plan is not None
     assert plan.total_bytes <= 60 * MB

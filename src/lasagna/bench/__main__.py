@@ -1,7 +1,7 @@
 """``python -m lasagna.bench NAME``: run one benchmark.
 
 A benchmark is a module with ``run(*, quick: bool) -> Result``, entered in `BENCHMARKS`. It is
-imported only when it is run. Those in `PARTED` take ``only`` as well, names of parts.
+imported only when it is run. Those in `PARTED` take ``only`` as well, names of parts, and ``out``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="PART",
-        help="a part, to NAME-part.json",
+        help="measure this part anew, and keep the others as they are",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     chosen = parser.parse_args(arguments)
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, *, quick: bool, only: Sequence[str], out: Path) -> int:
     load_before = os.getloadavg()[0]
     before = read_ticks()
-    options = {"only": only} if only else {}
+    options = {"only": only, "out": out} if name in PARTED else {}
     result: Result = importlib.import_module(BENCHMARKS[name]).run(quick=quick, **options)
     return write_results(
-        f"{name}-part" if only else name,
+        name,
         samples=result.samples,
         bars=result.bars,
         extra=result.extra,

@@ -3,6 +3,9 @@
 Every policy is alive at once and takes its turns in rounds that alternate: closed loops that keep
 the server saturated, then the same Poisson arrivals for all at 70 % of what vanilla can take.
 *Native* is plain ONNX Runtime with dynamic batching, unprotected, at its best batch size.
+
+All of it takes more than an hour. So each row is kept in ``local-rows.json`` as soon as it is
+there, with its commit; ``--only SCENARIO`` measures some anew and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -22,8 +26,17 @@ import onnxruntime as ort
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
-from lasagna.bench.load import Infer, play, poisson, saturate, sequence
-from lasagna.bench.local_report import Row, bars_of, facts_of, figure_of
+from lasagna.bench.load import Infer, Outcome, play, poisson, saturate, sequence
+from lasagna.bench.local_report import (
+    Load,
+    Row,
+    bars_of,
+    figure_of,
+    read_rows,
+    table_of,
+    write_rows,
+)
+from lasagna.bench.machine import read_commit
 from lasagna.bench.native_batch import NativeBatcher
 from lasagna.bench.plain_session import native_session
 from lasagna.bench.report import Result
@@ -38,7 +51,7 @@ from lasagna.server.lifecycle import HostConfig
 from lasagna.tee.emulated import choose_backend
 from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import End, Profile, profile
-from lasagna.units import Bytes
+from lasagna.units import Bytes, format_bytes
 
 BESIDE_BYTES: Final = 20_000_000
 """EPC for what is not in a plan: interpreter, sessions, frames, hot code. Faults would show if it
@@ -96,8 +109,13 @@ class _Models:
         self.weights[name] = report.manifest.variants[0].weight_bytes
 
 
-def run(*, quick: bool, only: Sequence[str] = ()) -> Result:
+def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -> Result:
     """Measure all scenarios; a few of them if it has to be quick, or only these.
+
+    Args:
+        quick: one short round of each.
+        only: names of scenarios; the others' rows are taken from the run before.
+        out: folder of the rows.
 
     Raises:
         UsageError: there is no such scenario.
@@ -108,25 +126,12 @@ def run(*, quick: bool, only: Sequence[str] = ()) -> Result:
     reason = why_not()
     if reason is not None:
         raise LasagnaError(f"no emulator here: {reason}")
-    return asyncio.run(_run(only or (QUICK if quick else tuple(SCENARIOS)), quick=quick))
-
-
-async def _run(scenarios: Sequence[str], *, quick: bool) -> Result:
-    console = Console(stderr=True)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
-        folder, models = Path(made), _Models()
-        for name in scenarios:
-            mix = SCENARIOS[name]
-            with console.status(f"{name}: sealing ..."):
-                for model in mix:
-                    models.add(model, folder)
-            for epc in PROFILES[: 1 if quick else 2]:
-                for threads in (1, 2):
-                    with console.status(f"{name}, {threads} threads, {epc}: measuring ..."):
-                        row = await _scenario(name, threads, epc, models, folder, quick=quick)
-                    rows.append(row)
-                    console.print(row.line(), highlight=False)
+    file = out / ("local-rows-quick.json" if quick else "local-rows.json")
+    rows = read_rows(file) if only else []
+    scenarios = only or (QUICK if quick else tuple(SCENARIOS))
+    rows = asyncio.run(_run(scenarios, rows, file, quick=quick))
+    table = out / file.with_suffix(".md").name
+    table.write_text(table_of(rows))
     return Result(
         samples={
             f"{row.title}, {what}": values
@@ -137,18 +142,45 @@ async def _run(scenarios: Sequence[str], *, quick: bool) -> Result:
         extra={
             "unit": "answers a second, saturated",
             "emulated": "the EPC: real page traffic, charges as published",
-            "scenarios": {row.title: facts_of(row) for row in rows},
+            "rows": file.name,
         },
         figure=figure_of([row for row in rows if row.epc == PROFILES[0]]),
     )
+
+
+async def _run(
+    scenarios: Sequence[str], before: Sequence[Row], file: Path, *, quick: bool
+) -> list[Row]:
+    console = Console(stderr=True)
+    rows = [row for row in before if row.scenario not in scenarios]
+    order = list(SCENARIOS)
+    with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
+        folder, models = Path(made), _Models()
+        for name in scenarios:
+            mix = SCENARIOS[name]
+            with console.status(f"{name}: sealing ..."):
+                for model in mix:
+                    models.add(model, folder)
+            for epc in PROFILES[: 1 if quick else 2]:
+                for threads in (1, 2) if epc == PROFILES[0] else (2,):
+                    with console.status(f"{name}, {threads} threads, {epc}: measuring ..."):
+                        row = await _scenario(name, threads, epc, models, folder, quick=quick)
+                    row.finished = datetime.now(UTC).isoformat(timespec="seconds")
+                    commit = read_commit()
+                    row.commit = "" if commit is None else commit.id + "+" * commit.dirty
+                    rows.append(row)
+                    rows.sort(key=lambda one: (one.epc, order.index(one.scenario), one.threads))
+                    write_rows(file, rows)
+                    console.print(row.line(), highlight=False)
+    return rows
 
 
 async def _scenario(
     name: str, threads: int, epc_name: str, models: _Models, folder: Path, *, quick: bool
 ) -> Row:
     mix, epc = SCENARIOS[name], profile(epc_name)
-    seconds, rounds = (3.0, 1) if quick else (5.0, 3)
     first = epc_name == PROFILES[0]
+    seconds, rounds = (3.0, 1) if quick else (5.0, 3 if first else 1)
     weights = sum(models.weights[model] for model in mix)
     row = Row(name, threads, epc_name, weights, epc.costs().epc_bytes)
     native = NativeBatcher(
@@ -177,11 +209,11 @@ async def _scenario(
                     await _turn(row, policy, end, served[policy], epc, order, seconds)
         if not first:
             return row
-        rate = LOAD_SHARE * median(row.throughputs["vanilla typical"])
-        arrivals = poisson(mix, rate, min(10.0 if quick else OPEN_S, 100 / rate), SEED)
+        row.rate = LOAD_SHARE * median(row.throughputs["vanilla typical"])
+        arrivals = poisson(mix, row.rate, min(10.0 if quick else OPEN_S, 100 / row.rate), SEED)
         for policy, one in served.items():
             _charge(one, epc, "typical")
-            row.open_loops[policy] = await play(_asking(one), arrivals)
+            row.open_loops[policy] = _summary(row, await play(_asking(one), arrivals))
     return row
 
 
@@ -228,9 +260,10 @@ async def _turn(
     told = await model.statistics(ANSWER_S)
     row.throughputs.setdefault(f"{policy} {end}", []).append(outcome.throughput)
     if end == "typical":
-        row.saturated[policy] = outcome
+        row.saturated[policy] = _summary(row, outcome)
         row.counts[policy] = _counts(before, told.counters, file.read().faults - faults)
-        row.counts[policy]["prediction error"] = told.prediction_error
+        row.errors[policy] = told.prediction_errors
+        row.plans[policy] = _plan_words(one)
 
 
 def _counts(before: Stats, after: Stats, faults: int) -> dict[str, float]:
@@ -246,6 +279,28 @@ def _counts(before: Stats, after: Stats, faults: int) -> dict[str, float]:
         "rows of a batch": more("row_slices") / max(1, more("slice_runs")),
         "faults a request": faults / rows,
     }
+
+
+def _summary(row: Row, outcome: Outcome) -> Load:
+    return Load.of(outcome, 3 * row.lone_s["lasagna"])
+
+
+def _plan_words(one: Served) -> list[str]:
+    found = []
+    for name, model in one.host.models.items():
+        plan = model.facts.plan
+        assert plan is not None
+        stages = ", ".join(f"{s.first}-{s.last}: {s.rows}" for s in plan.stages)
+        found.append(
+            f"{name}, {plan.form}: rows of slices {stages}; {len(plan.pinned_slices)} of "
+            f"{plan.slices} slices pinned ({format_bytes(plan.pinned_bytes)}); ring of "
+            f"{plan.ring_slots} x {format_bytes(plan.slot_bytes)}; "
+            f"{format_bytes(plan.waiting_bytes)} at cuts, "
+            f"{format_bytes(plan.activation_bytes)} activations"
+        )
+    plan_now = one.host.scheduler.plan
+    assert plan_now is not None
+    return [*found, f"{plan_now.lanes} lanes of {plan_now.width} threads"]
 
 
 def _charge(one: Served, epc: Profile, end: End) -> None:

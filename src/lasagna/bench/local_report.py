@@ -1,16 +1,20 @@
-"""What bench-local says: rows, bars and a figure."""
+"""What bench-local says: rows, bars, a table and a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Final
 
+import msgspec
 from matplotlib.figure import Figure
 
 from lasagna.bench.load import Outcome
 from lasagna.bench.report import Bar
+from lasagna.errors import UsageError
+from lasagna.policy.predictions import PredictionErrors
 from lasagna.units import format_bytes
 
 NATIVE_BARS: Final = {"vgg19": 0.90, "resnet50": 0.90, "inception_v2": 0.90, "alexnet": 0.80}
@@ -23,8 +27,39 @@ COLOURS: Final = {
 }
 
 
-@dataclass(slots=True)
-class Row:
+class Load(msgspec.Struct, frozen=True):
+    """What became of a load: answers a second, and latencies in seconds.
+
+    Attributes:
+        seconds: that it lasted.
+        answered: requests, refused: others.
+        p50_s: median latency, p95_s and p99_s: quantiles.
+        goodput: answers a second within three times the latency of a lone request.
+    """
+
+    seconds: float
+    answered: int
+    refused: int
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    goodput: float
+
+    @classmethod
+    def of(cls, outcome: Outcome, deadline_s: float) -> Load:
+        """A load's summary."""
+        return cls(
+            outcome.seconds,
+            outcome.answered,
+            outcome.refused,
+            outcome.percentile_s(0.5),
+            outcome.percentile_s(0.95),
+            outcome.percentile_s(0.99),
+            outcome.within(dict.fromkeys(outcome.latencies_s, deadline_s)),
+        )
+
+
+class Row(msgspec.Struct):
     """One scenario with so many compute threads, in one EPC.
 
     Attributes:
@@ -32,10 +67,14 @@ class Row:
         threads: that compute.
         epc: profile.
         weight_bytes: of all its models, epc_bytes: that there are.
+        commit: that was measured, and finished: when.
         throughputs: answers a second in each round, by policy and end of the published costs.
         lone_s: seconds of a request alone, by policy.
-        saturated: the last round under ``typical`` costs, open_loops: at 70 % of vanilla's load.
+        rate: of arrivals a second in the open loops: 70 % of what vanilla takes.
+        saturated: the last round under ``typical`` costs, open_loops: at that rate; by policy.
         counts: what a request took, by policy.
+        errors: of predictions, by policy.
+        plans: the division of memory in words, by policy.
     """
 
     scenario: str
@@ -43,11 +82,16 @@ class Row:
     epc: str
     weight_bytes: int
     epc_bytes: int
-    throughputs: dict[str, list[float]] = field(default_factory=dict)
-    lone_s: dict[str, float] = field(default_factory=dict)
-    saturated: dict[str, Outcome] = field(default_factory=dict)
-    open_loops: dict[str, Outcome] = field(default_factory=dict)
-    counts: dict[str, dict[str, float]] = field(default_factory=dict)
+    commit: str = ""
+    finished: str = ""
+    throughputs: dict[str, list[float]] = {}
+    lone_s: dict[str, float] = {}
+    rate: float = 0.0
+    saturated: dict[str, Load] = {}
+    open_loops: dict[str, Load] = {}
+    counts: dict[str, dict[str, float]] = {}
+    errors: dict[str, PredictionErrors] = {}
+    plans: dict[str, list[str]] = {}
 
     @property
     def title(self) -> str:
@@ -64,7 +108,7 @@ class Row:
         """Whether it is a mix of models."""
         return len(self.scenario.split()) > 1
 
-    def rate(self, what: str) -> float:
+    def median(self, what: str) -> float:
         """Answers a second: the median round."""
         return median(self.throughputs[what])
 
@@ -78,7 +122,7 @@ class Row:
         """The row in a line."""
         others = ("native", "on-demand", "dynamic-batch", "vanilla")
         against = ", ".join(f"{self.over(other):.2f} x {other}" for other in others)
-        return f"{self.title}: {self.rate('lasagna typical'):.1f}/s, {against}"
+        return f"{self.title}: {self.median('lasagna typical'):.1f}/s, {against}"
 
 
 def bars_of(rows: Sequence[Row]) -> list[Bar]:
@@ -98,12 +142,12 @@ def bars_of(rows: Sequence[Row]) -> list[Bar]:
             limit = NATIVE_BARS[row.scenario]
             bars.append(Bar(f"{row.title}: native", row.over("native"), limit))
         bars.append(Bar(f"{row.title}: dynamic-batch", row.over("dynamic-batch"), 1.0))
-        p99 = row.open_loops["lasagna"].percentile_s(0.99)
-        p50 = row.open_loops["vanilla"].percentile_s(0.5)
+        p99, p50 = row.open_loops["lasagna"].p99_s, row.open_loops["vanilla"].p50_s
         name = f"{row.title}: p99 at 70 % / vanilla's p50"
         bars.append(Bar(name, p99 / p50, 1.0, higher_is_better=False))
-        error = row.counts["lasagna"]["prediction error"]
-        bars.append(Bar(f"{row.title}: prediction error", error, 0.10, higher_is_better=False))
+        for kind, error in asdict(row.errors["lasagna"]).items():
+            name = f"{row.title}: error of predicted {kind}"
+            bars.append(Bar(name, error, 0.10, higher_is_better=False))
     return bars
 
 
@@ -112,32 +156,62 @@ def _over_on_demand(row: Row) -> Bar:
     most = 1.5 if row.several or row.scenario == "alexnet" else 1.2
     name = f"{row.title}: on-demand"
     if row.threads == 1:  # a core is left for loading: 1.2, or 0.95 of native
-        enough = 0.95 * row.rate("native") / row.rate("on-demand typical")
+        enough = 0.95 * row.median("native") / row.median("on-demand typical")
         return Bar(name, value, min(1.2, enough))
     return Bar(name, value, most)
 
 
-def facts_of(row: Row) -> dict[str, object]:
-    """Everything else that was measured."""
-    limit_s = 3 * row.lone_s["lasagna"]
-    return {
-        "weights": format_bytes(row.weight_bytes),
-        "epc": format_bytes(row.epc_bytes),
-        "exceeds the EPC": row.exceeds,
-        "answers a second": {what: row.rate(what) for what in row.throughputs},
-        "milliseconds alone": {what: 1000 * s for what, s in row.lone_s.items()},
-        "at 70 % of vanilla's saturation, milliseconds": {
-            what: {
-                "p50": 1000 * one.percentile_s(0.5),
-                "p95": 1000 * one.percentile_s(0.95),
-                "p99": 1000 * one.percentile_s(0.99),
-                "answers": one.answered,
-                "goodput": one.within(dict.fromkeys(one.latencies_s, limit_s)),
-            }
-            for what, one in row.open_loops.items()
-        },
-        "a request took": row.counts,
-    }
+def read_rows(path: Path) -> list[Row]:
+    """Rows that were measured before.
+
+    Raises:
+        UsageError: the file is not of this version.
+    """
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Row])
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} is of another version: {error}; remove it") from None
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Keep the rows, so that a run that is broken off loses one at most."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(list(rows)), indent=1) + b"\n")
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """The rows for docs/, as Markdown: Lasagna's throughput, and how many times that of others."""
+    lines = [
+        "| models | threads | EPC | answers/s | x native | x on-demand | x dynamic-batch "
+        "| x vanilla "
+        "| loads a task | entries a task | faults a request | p99 at 70 % / vanilla's p50 |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        counts, vanilla = row.counts["lasagna"], row.counts["vanilla"]
+        tail = ""
+        if row.open_loops:
+            ours, theirs = row.open_loops["lasagna"], row.open_loops["vanilla"]
+            tail = f"{1000 * ours.p99_s:,.0f} / {1000 * theirs.p50_s:,.0f} ms"
+        over = f"{row.over('vanilla'):.2f}"
+        if row.exceeds and "vanilla low" in row.throughputs:
+            over += f" (low: {row.over('vanilla', 'low'):.2f})"
+        cells = [
+            row.scenario,
+            str(row.threads),
+            row.epc,
+            f"{row.median('lasagna typical'):.1f}",
+            *(f"{row.over(other):.2f}" for other in ("native", "on-demand", "dynamic-batch")),
+            over,
+            f"{counts['loads a task']:.3f}",
+            f"{counts['entries a task']:.4f}",
+            f"{vanilla['faults a request']:,.0f} -> {counts['faults a request']:,.1f}",
+            tail,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def figure_of(rows: Sequence[Row]) -> Figure:
@@ -146,12 +220,12 @@ def figure_of(rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     kinds = ("lasagna", "dynamic-batch", "on-demand", "vanilla")
     for place, row in enumerate(rows):
-        native = row.rate("native")
+        native = row.median("native")
         for number, kind in enumerate(kinds):
-            share = row.rate(f"{kind} typical") / native
+            share = row.median(f"{kind} typical") / native
             height = place + 0.2 * (number - 1.5)
             axes.barh(height, share, 0.19, color=COLOURS[kind])
-            note = f"{row.rate(f'{kind} typical'):.1f}/s"
+            note = f"{row.median(f'{kind} typical'):.1f}/s"
             if kind == "lasagna":
                 note += f", {row.over('vanilla'):.1f} x vanilla"
             axes.text(share + 0.01, height, note, va="center", fontsize=6.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
@@ -131,7 +132,7 @@ def model_statistics(statistics: Statistics) -> dict[str, Any]:
         "budget_bytes": statistics.budget_bytes,
         "plan": msgspec.to_builtins(statistics.plan),
         "process_peak_bytes": statistics.process_peak_bytes,
-        "prediction_error": statistics.prediction_error,
+        "prediction_errors": asdict(statistics.prediction_errors),
     }
 
 

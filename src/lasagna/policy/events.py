@@ -73,6 +73,7 @@ class Ran:
         compute_s: seconds of its thread, waits for weights not counted; 0 if unknown.
         load_bytes: that were decrypted since the last report, and load_s in how many seconds of one
             thread; 0 if unknown.
+        seal_s: seconds of opening rows that came in and sealing those that left; 0 if unknown.
     """
 
     at_s: float
@@ -80,6 +81,7 @@ class Ran:
     compute_s: float = 0.0
     load_bytes: int = 0
     load_s: float = 0.0
+    seal_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ share. Who has waited for longer than the patience goes before all priorities: n
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 from typing import Final, assert_never
 
 from lasagna.policy.arranging import Arranger
@@ -53,8 +52,9 @@ from lasagna.policy.events import (
 from lasagna.policy.fair import FairQueue, Shares, Waiting
 from lasagna.policy.memory import require_fits
 from lasagna.policy.plan import MemoryPlan
+from lasagna.policy.predictions import PredictionErrors, Predictions
 from lasagna.policy.stages import Machine
-from lasagna.policy.state import ModelState, Request, Settings
+from lasagna.policy.state import ModelState, Phase, Request, Settings, Step
 from lasagna.policy.story import Stories
 
 DEATHS: Final = 2
@@ -80,7 +80,8 @@ class Scheduler:
         self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
         self._runs = 0
         self._arranger = Arranger(machine, settings.style)
-        self._choice = Choice(machine, settings.patience_s, in_order=settings.in_order)
+        self._predictions = Predictions(machine)
+        self._choice = Choice(self._predictions, settings.patience_s, in_order=settings.in_order)
         self.stories = Stories()
 
     @property
@@ -89,10 +90,9 @@ class Scheduler:
         return self._arranger.present
 
     @property
-    def prediction_error(self) -> float:
-        """Half of the last runs took what was predicted to within this share; 0 before any."""
-        errors = self._choice.errors
-        return median(errors) if errors else 0.0
+    def prediction_errors(self) -> PredictionErrors:
+        """How far predictions of runs' times were off of late."""
+        return self._predictions.errors
 
     @property
     def waiting_rows(self) -> int:
@@ -115,7 +115,7 @@ class Scheduler:
             case Ran():
                 self._ran(event, commands)
             case Cancelled():
-                self._leave(event.request, commands)
+                self._leave(event.request, Step.CANCEL, commands)
             case RunFailed():
                 self._failed(event, commands)
             case ModelAdded():
@@ -148,14 +148,14 @@ class Scheduler:
             out.append(GiveUp(event.request, f"no model {event.model!r} is served here"))
             return
         wait_s = self.backlog_s()
+        request = Request(event, event.rows, event.rows)
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
-            out.append(Refuse(event.request, wait_s, reason))
+            self._refuse(request, wait_s, reason, out)
             return
-        request = Request(event, event.rows)
         if event.at_s + wait_s + self._choice.through_s(model, 0) > request.deadline_s:
             reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
-            out.append(Refuse(event.request, wait_s, reason))
+            self._refuse(request, wait_s, reason, out)
             return
         self._requests[event.request] = request
         self._arranger.arrived(event.model, event.rows, event.at_s)
@@ -171,11 +171,17 @@ class Scheduler:
             )
         )
 
-    def _leave(self, request: int, out: list[Command]) -> None:
+    def _refuse(self, request: Request, wait_s: float, reason: str, out: list[Command]) -> None:
+        request.move(Step.REFUSE)
+        out.append(Refuse(request.facts.request, wait_s, reason))
+
+    def _leave(self, request: int, step: Step, out: list[Command]) -> None:
         """The request is no longer waited for, whatever has become of it."""
         gone = self._requests.pop(request, None)
         if gone is None:
             return
+        known = gone.inside
+        gone.move(step)
         model = self._models[gone.facts.model]
         model.outside.remove(request)
         for stage in model.stages:
@@ -183,11 +189,11 @@ class Scheduler:
             rows = sum(part.count for part in kept)
             stage.held -= stage.waiting_rows - rows
             stage.waiting, stage.waiting_rows = kept, rows
-        if gone.inside:
+        if known:
             out.append(Forget(request))
 
     def _give_up(self, request: int, reason: str, out: list[Command]) -> None:
-        self._leave(request, out)
+        self._leave(request, Step.GIVE_UP, out)
         out.append(GiveUp(request, reason))
 
     # Runs.
@@ -196,8 +202,7 @@ class Scheduler:
         run, model, index, _ = self._running.pop(event.run)
         stage = model.stages[index]
         rows = sum(part.count for part in run.batch)
-        self._choice.note(model, stage, rows, event.compute_s)
-        self._choice.loading.note(event.load_bytes / self._machine.load_rate, event.load_s)
+        self._predictions.note(model, stage, rows, event)
         stage.held -= rows
         following = model.stages[index + 1] if index + 1 < len(model.stages) else None
         for part in run.batch:
@@ -208,9 +213,9 @@ class Scheduler:
             elif following is not None:
                 following.held -= part.count
             elif request is not None:
-                request.inside -= part.count
                 request.left -= part.count
                 if not request.left:
+                    request.move(Step.ANSWER)
                     del self._requests[part.request]
                     out.append(Answer(part.request))
 
@@ -226,6 +231,8 @@ class Scheduler:
                 stage.held -= part.count
                 continue
             request.alone = True
+            if not index:
+                request.put_back(part.count)
             stage.waiting.appendleft(part)
             stage.waiting_rows += part.count
         if alone and run.batch[0].request in self._requests:
@@ -244,19 +251,16 @@ class Scheduler:
             request = self._requests[number]
             request.deaths += number in suspects
             request.alone |= number in suspects
+            request.move(Step.LOSE)
             if request.deaths >= DEATHS:
-                request.inside = 0
                 self._give_up(number, "the enclave died twice with this request in it", out)
-            else:
+            elif request.phase is Phase.AGAIN:
                 self._begin_anew(request)
 
     def _begin_anew(self, request: Request) -> None:
         model = self._models[request.facts.model]
-        if model.outside.left(request.facts.request) == request.facts.rows:
-            return  # nothing of it was in the enclave
         model.outside.remove(request.facts.request)
-        request.inside = 0
-        request.left = request.facts.rows
+        request.left = request.untaken = request.facts.rows
         first = model.stages[0]
         first.waiting.append(Rows(request.facts.request, 0, request.left))
         first.waiting_rows += request.left
@@ -289,7 +293,8 @@ class Scheduler:
         """The memory is divided anew; nothing is in the enclave."""
         for model in self._models.values():
             model.divide(self._arranger.present, self._machine.load_rate)
-        self._choice.planned(self._models.values(), self._arranger.machine)
+        self._predictions.machine = self._arranger.machine
+        self._choice.planned(self._models.values())
 
     # What runs next.
 
@@ -369,7 +374,8 @@ class Scheduler:
                 rest = Rows(part.request, part.first + limit, part.count - limit)
                 stage.waiting.appendleft(rest)
                 part = Rows(part.request, part.first, limit)
-            self._requests[part.request].inside += part.count if not index else 0
+            if not index:
+                self._requests[part.request].take(part.count)
             return part
         head = model.outside.head(now_s, self._settings.patience_s)
         assert head is not None
@@ -378,7 +384,7 @@ class Scheduler:
         work_s = count * self._choice.row_s(model)
         model.outside.take(head, count, work_s)
         stage.held += count
-        self._requests[part.request].inside += count
+        self._requests[part.request].take(count)
         return part
 
     def backlog_s(self) -> float:

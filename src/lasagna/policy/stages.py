@@ -15,6 +15,10 @@ SLICE_S: Final = 0.00012
 """What calling a slice costs beside computing: binding, locks, and Python's threads in turn."""
 COPY_RATE: Final = 4e9
 """Bytes a second that one thread copies."""
+SEAL_RATE: Final = 2e9
+"""Bytes a second that one thread opens or seals of rows, with their copies."""
+RECORD_S: Final = 0.0001
+"""What opening or sealing one row's records costs beside their bytes: keys, nonces, Python."""
 TOGETHER_LOSS: Final = 0.15
 """Threads that compute one batch together wait for each other, as long as this share of a row takes
 (docs/experiments/0005-local-scheduler.md)."""
@@ -139,6 +143,12 @@ def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
     return 2 * rows * costs.cut_bytes[cut] / COPY_RATE if cut else 0.0
 
 
+def sealing_s(costs: ModelCosts, first: int, last: int, rows: int) -> float:
+    """Seconds of opening a batch that comes in at slice 0, and of sealing one that leaves."""
+    ends = [costs.cut_bytes[0]] * (not first) + [costs.cut_bytes[-1]] * (last == len(costs.slices))
+    return rows * sum(size / SEAL_RATE + RECORD_S for size in ends)
+
+
 def alone_s(compute_s: float, load_s: float, machine: Machine) -> float:
     """Seconds of one run, from its entry to its end: loading overlaps computing.
 
@@ -190,6 +200,7 @@ def request_s(
         )
         compute_s += copy_s(costs, stage.first, stage.rows)
         compute_s += SLICE_S * (stage.last - stage.first)
+        compute_s += sealing_s(costs, stage.first, stage.last, stage.rows)
         load_s = streamed / machine.load_rate
         total += visit_s(compute_s, load_s, machine, overlapped=overlapped) / stage.rows
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Final
 
 from lasagna.policy.costs import Correction, ModelCosts
@@ -36,6 +37,60 @@ class Settings:
     in_order: bool = False
 
 
+class Phase(Enum):
+    """Where a request is. The last four are ends; then nothing is kept of it but its story.
+
+    ``PARTLY``: the enclave knows it, and a first run has yet to take rows of it. ``AGAIN``: the
+    enclave that had rows of it died, and all of them wait to begin anew.
+    """
+
+    WAITING = auto()
+    PARTLY = auto()
+    INSIDE = auto()
+    AGAIN = auto()
+    ANSWERED = auto()
+    REFUSED = auto()
+    CANCELLED = auto()
+    GIVEN_UP = auto()
+
+
+class Step(Enum):
+    """What moves a request from one phase to another."""
+
+    TAKE_SOME = auto()
+    TAKE_LAST = auto()
+    PUT_BACK = auto()
+    LOSE = auto()
+    ANSWER = auto()
+    REFUSE = auto()
+    CANCEL = auto()
+    GIVE_UP = auto()
+
+
+NEXT_PHASE: Final[Mapping[tuple[Phase, Step], Phase]] = {
+    (Phase.WAITING, Step.TAKE_SOME): Phase.PARTLY,
+    (Phase.WAITING, Step.TAKE_LAST): Phase.INSIDE,
+    (Phase.WAITING, Step.LOSE): Phase.WAITING,
+    (Phase.WAITING, Step.REFUSE): Phase.REFUSED,
+    (Phase.PARTLY, Step.TAKE_SOME): Phase.PARTLY,
+    (Phase.PARTLY, Step.TAKE_LAST): Phase.INSIDE,
+    (Phase.PARTLY, Step.PUT_BACK): Phase.PARTLY,
+    (Phase.PARTLY, Step.LOSE): Phase.AGAIN,
+    (Phase.INSIDE, Step.PUT_BACK): Phase.PARTLY,
+    (Phase.INSIDE, Step.LOSE): Phase.AGAIN,
+    (Phase.INSIDE, Step.ANSWER): Phase.ANSWERED,
+    (Phase.AGAIN, Step.TAKE_SOME): Phase.PARTLY,
+    (Phase.AGAIN, Step.TAKE_LAST): Phase.INSIDE,
+    (Phase.AGAIN, Step.LOSE): Phase.AGAIN,
+    **{
+        (phase, step): end
+        for phase in (Phase.WAITING, Phase.PARTLY, Phase.INSIDE, Phase.AGAIN)
+        for step, end in ((Step.CANCEL, Phase.CANCELLED), (Step.GIVE_UP, Phase.GIVEN_UP))
+    },
+}
+"""What a request becomes. Whatever is not here can't happen."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A request that somebody waits for.
@@ -43,16 +98,37 @@ class Request:
     Attributes:
         facts: how it came in.
         left: rows that have not reached the model's end.
-        inside: rows that are in the enclave.
+        untaken: rows that no run has taken.
+        phase: where it is; changed by ``move`` only.
         deaths: enclaves that died while it was in a run.
         alone: it runs in batches of its own, since one that it was in came to nothing.
     """
 
     facts: Arrived
     left: int
-    inside: int = 0
+    untaken: int
+    phase: Phase = Phase.WAITING
     deaths: int = 0
     alone: bool = False
+
+    def move(self, step: Step) -> None:
+        """Go to the next phase."""
+        self.phase = NEXT_PHASE[self.phase, step]
+
+    def take(self, rows: int) -> None:
+        """A run takes so many rows that none has taken."""
+        self.untaken -= rows
+        self.move(Step.TAKE_SOME if self.untaken else Step.TAKE_LAST)
+
+    def put_back(self, rows: int) -> None:
+        """A run through the first stage came to nothing: so many rows have to be taken again."""
+        self.untaken += rows
+        self.move(Step.PUT_BACK)
+
+    @property
+    def inside(self) -> bool:
+        """Whether the enclave knows it."""
+        return self.phase in (Phase.PARTLY, Phase.INSIDE)
 
     @property
     def deadline_s(self) -> float:

@@ -156,7 +156,16 @@ class Driver:
             elif result.records:
                 ticket.collect(rows, result)
         times = reply.timings
-        host.tell(e.Ran(_now(), command.run, times.compute_s, times.load_bytes, times.load_s))
+        host.tell(
+            e.Ran(
+                _now(),
+                command.run,
+                times.compute_s,
+                times.load_bytes,
+                times.load_s,
+                times.open_s + times.seal_s,
+            )
+        )
 
     async def _forget(self, request: int) -> None:
         try:

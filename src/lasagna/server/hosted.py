@@ -96,8 +96,8 @@ class HostedModel:
         if plan is None:
             raise OverloadedError(f"{self.name} is still starting", STARTING_RETRY_S)
         peak = host.process.peak_bytes if host.process is not None else Bytes(0)
-        error = host.scheduler.prediction_error
-        return Statistics(host.config.budget, plan, counters, peak, error)
+        errors = host.scheduler.prediction_errors
+        return Statistics(host.config.budget, plan, counters, peak, errors)
 
     def _link(self) -> EnclaveLink:
         link = self._host.link

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
 from lasagna.enclave.messages import SealedRows, Stats
 from lasagna.package.format import TensorSpec
+from lasagna.policy.predictions import PredictionErrors
 from lasagna.server.plan_facts import PlanFacts
 from lasagna.units import Bytes
 
@@ -66,15 +67,14 @@ class Statistics:
         counters: since the enclave was started.
         process_peak_bytes: most memory of its process that was resident at once, by the kernel's
             count; 0 if nobody can tell. The budget is a part of it only.
-        prediction_error: half of the scheduler's predictions of a run's time were off by less than
-            this share, of late.
+        prediction_errors: how far the scheduler's predictions of a run's times were off of late.
     """
 
     budget_bytes: Bytes
     plan: PlanFacts
     counters: Stats
     process_peak_bytes: Bytes
-    prediction_error: float = 0.0
+    prediction_errors: PredictionErrors = field(default_factory=PredictionErrors)
 
 
 @dataclass(frozen=True, slots=True)

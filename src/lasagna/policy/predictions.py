@@ -1,0 +1,127 @@
+"""How long a run will take: from the package's profile, corrected by what was measured.
+
+A run computes, it needs weights decrypted, and at the model's ends it opens and seals rows. Each of
+the three has a profile and a correction of its own, and a record of how far it was off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Final
+
+from lasagna.policy.costs import Correction
+from lasagna.policy.events import Ran
+from lasagna.policy.stages import Machine, alone_s, sealing_s, visit_s
+from lasagna.policy.state import ModelState, StageState
+
+ERRORS_KEPT: Final = 1000
+"""Of the last predictions."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionErrors:
+    """Half of the last predictions of each kind were off by less than this share; 0 before any."""
+
+    compute: float = 0.0
+    load: float = 0.0
+    seal: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Record:
+    """Shares by which the last predictions were off."""
+
+    _shares: deque[float] = field(default_factory=lambda: deque(maxlen=ERRORS_KEPT))
+
+    def note(self, predicted_s: float, measured_s: float) -> None:
+        self._shares.append(abs(predicted_s / measured_s - 1.0))
+
+    @property
+    def middle(self) -> float:
+        return median(self._shares) if self._shares else 0.0
+
+
+class Predictions:
+    """What is known of the times of runs on one machine.
+
+    Attributes:
+        machine: in the shape that its plan is for.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """Nothing was measured."""
+        self.machine = machine
+        self._loading = Correction()
+        self._sealing = Correction()
+        self._compute_errors = _Record()
+        self._load_errors = _Record()
+        self._seal_errors = _Record()
+
+    @property
+    def errors(self) -> PredictionErrors:
+        """How far they were off of late."""
+        return PredictionErrors(
+            self._compute_errors.middle, self._load_errors.middle, self._seal_errors.middle
+        )
+
+    def compute_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of computing on one lane: by what batches of this size took, else by all."""
+        known = stage.by_rows.get(rows, stage.correction)
+        return known.factor * self._profile_s(model, stage, rows)
+
+    def load_s(self, stage: StageState) -> float:
+        """Seconds in which one thread decrypts what the stage has to load."""
+        return self._loading.factor * stage.load_s
+
+    def seal_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of opening rows that come in here, and of sealing those that leave."""
+        profile_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
+        return self._sealing.factor * profile_s
+
+    def alone_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds from the start of a run to its end."""
+        busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
+        return alone_s(busy_s, self.load_s(stage), self.machine)
+
+    def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of the server for one run of a gang."""
+        busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
+        return visit_s(busy_s, self.load_s(stage), self.machine)
+
+    def note(self, model: ModelState, stage: StageState, rows: int, ran: Ran) -> None:
+        """A run has ended, and took so long."""
+        self._note_compute(model, stage, rows, ran.compute_s)
+        load_s = ran.load_bytes / self.machine.load_rate
+        _correct(self._loading, self._load_errors, load_s, ran.load_s)
+        seal_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
+        _correct(self._sealing, self._seal_errors, seal_s, ran.seal_s)
+
+    def _note_compute(
+        self, model: ModelState, stage: StageState, rows: int, measured_s: float
+    ) -> None:
+        profile_s = self._profile_s(model, stage, rows)
+        own = stage.by_rows.setdefault(rows, Correction(stage.correction.factor))
+        if stage.correction.measured and profile_s > 0.0 and measured_s > 0.0:
+            self._compute_errors.note(own.factor * profile_s, measured_s)
+        own.note(profile_s, measured_s)
+        stage.correction.note(profile_s, measured_s)
+
+    def _profile_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        found = stage.profile_s.get(rows)
+        if found is None:
+            first, last = stage.plan.first, stage.plan.last
+            found = self.machine.batch_s(
+                model.costs.compute_at(first, last, rows), model.costs.compute_at(first, last, 1)
+            )
+            stage.profile_s[rows] = found
+        return found
+
+
+def _correct(factor: Correction, record: _Record, profile_s: float, measured_s: float) -> None:
+    if profile_s <= 0.0 or measured_s <= 0.0:
+        return
+    if factor.measured:
+        record.note(factor.factor * profile_s, measured_s)
+    factor.note(profile_s, measured_s)
