@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lasagna.bench.load import Outcome, _window, play, poisson, saturate, sequence
+from lasagna.bench.load import Outcome, play, poisson, rate_of, saturate, sequence
 from lasagna.errors import OverloadedError
 
 pytestmark = pytest.mark.anyio
@@ -26,16 +28,23 @@ def test_a_closed_loop_asks_in_the_mix() -> None:
     assert sequence(MIX, 4000, 1).count("a") == pytest.approx(3000, rel=0.05)
 
 
-@given(st.integers(1, 40), st.integers(2, 10), st.integers(0, 39))
-def test_a_window_counts_whole_batches(batch: int, batches: int, warm: int) -> None:
-    times = [number + 1e-5 * row for number in range(batches + 2) for row in range(batch)]
-    first, last = _window(times, min(warm, batch - 1))
-    assert (last - first) / (times[last] - times[first]) == pytest.approx(batch, rel=0.01)
+@given(st.integers(1, 40), st.integers(6, 20), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_threads_that_are_out_of_step_count_no_more_than_they_answer(
+    batch: int, batches: int, phase: float, begin: float
+) -> None:
+    ends = sorted(number + shift for number in range(batches + 2) for shift in (0.0, phase))
+    times = [end for end in ends if begin <= end <= begin + batches for _ in range(batch)]
+    assert rate_of(times) == pytest.approx(2 * batch, rel=0.06)
+
+
+def test_a_rate_needs_two_moments() -> None:
+    assert math.isnan(rate_of([1.0]))
+    assert math.isnan(rate_of([1.0, 1.0]))
 
 
 def test_goodput_counts_what_came_in_time() -> None:
-    outcome = Outcome(2.0, {"a": [0.1, 0.3], "b": [0.1]}, refused=1)
-    assert (outcome.answered, outcome.throughput) == (3, 1.5)
+    outcome = Outcome(2.0, {"a": [0.1, 0.3], "b": [0.1]}, refused=1, throughput=1.5)
+    assert outcome.answered == 3
     assert outcome.within({"a": 0.2, "b": 0.05}) == 0.5
     assert outcome.percentile_s(0.5) == 0.1
 

@@ -59,4 +59,4 @@ def planned(
 def placed(loaded: LoadedModel, command: m.Arrange, budget: int) -> Arrangement:
     """What the enclave makes of it."""
     models = {loaded.digest: loaded}
-    return arrange(command, models, Sessions(), Recorder(), budget=budget)
+    return arrange(command, models, Sessions(), Recorder(), budget=budget, threads=command.lanes)

@@ -124,7 +124,7 @@ def test_the_loader_follows_announced_runs_in_their_order() -> None:
     slot = store.acquire(0, sooner, 2)  # the second run begins first: it is what counts
     assert load_all(store) == [4], "in the place of 7"
     store.release(sooner, slot)
-    assert 7 not in store._where
+    assert 7 not in store._ring.where
     store.finish(later)
     store.finish(sooner)
 
@@ -267,9 +267,9 @@ def test_closing_wakes_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     holding = store.announce(0, 1)
     store.acquire(0, holding, 0)
     with store._changed:  # somebody took the only chunk of 1, and never comes back
-        lost = store._claim(1, urgent=True)
+        lost = store._ring.claim(1, urgent=True)
         assert lost is not None
-        store._take_chunk(lost)
+        store._ring.take_chunk(lost)
     failed: list[str] = []
 
     def wait(thread: int, number: int) -> None:

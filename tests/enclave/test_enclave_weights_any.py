@@ -37,13 +37,13 @@ def until(needs: list[int], piece: int) -> int:
 def loader_steps(store: Weights, courses: list[Course], most: int) -> None:
     """Let the loader begin so many pieces, and check its choice each time."""
     for _ in range(most):
-        before = {slot.holds: id(slot) for slot in store._slots if slot.holds >= 0}
+        before = {slot.holds: id(slot) for slot in store._ring.slots if slot.holds >= 0}
         with store._changed:
             job = store._next_job()
         needs = steps(store, courses)
         absent = [piece for piece in needs if piece not in before and not store.is_pinned(piece)]
         if job is None:
-            kept = [until(needs, slot.holds) for slot in store._slots if not slot.users]
+            kept = [until(needs, slot.holds) for slot in store._ring.slots if not slot.users]
             assert not absent or all(at < until(needs, absent[0]) for at in kept), "it idles"
             return
         assert isinstance(job, tuple)
@@ -138,7 +138,7 @@ def test_any_runs_and_moves_on_any_threads(seed: int, slots: int, threads: int) 
             told.outcome()
     assert not wrong
     assert bool(refused) <= bool(broken)
-    assert not any(slot.users for slot in (*store._slots, *store._pinned.values()))
-    assert not store._courses.announced
+    assert not any(slot.users for slot in (*store._ring.slots, *store._pinned.values()))
+    assert not store._ring.courses.announced
     assert store.pool.used == 4096 * len(store._pinned)
-    assert store._streamed == [n for n in range(PIECES) if n not in store._pinned]
+    assert store._ring.streamed == [n for n in range(PIECES) if n not in store._pinned]

@@ -242,3 +242,26 @@ def test_weights_of_a_subgraph_count() -> None:
     case = Case(Graph(nodes, weights, {}, ("x",), ("t1",), ()), tensors, 100, 10**6)
 
     assert cut(case) == (1,)
+
+
+def _residual() -> Graph:
+    """Two blocks: a convolution, and one whose result is added to what the block began with."""
+    nodes = []
+    for number in range(2):
+        x, inner, out = f"x{number}", f"t{number}", f"x{number + 1}"
+        nodes.append(helper.make_node("Conv", [x, f"a{number}"], [inner]))
+        nodes.append(helper.make_node("Conv", [inner, f"b{number}", "", x], [out]))
+    first = helper.make_node("Conv", ["image", "w"], ["x0"])
+    weights = {name: np.zeros(25_000, np.float32) for name in ("w", "a0", "b0", "a1", "b1")}
+    return Graph((first, *nodes), weights, {}, ("image",), ("x2",), ())
+
+
+def test_a_sum_leaves_the_slice_that_what_it_is_added_to_enters() -> None:
+    """Then it is made in place: nothing is copied, and its memory is needed once."""
+    graph = _residual()
+    names = ["image", *(name for node in graph.nodes for name in node.output)]
+    tensors = {name: TensorInfo(TensorSpec(name, "float32", (1, 250_000)), True) for name in names}
+    positions = cut_graph(graph, tensors, 2 * 100_000, 10**9).positions
+    assert positions == (0, 1, 3, 5)
+    assert needed_memory(graph, tensors) == 3_000_000
+    assert needed_memory(graph, tensors, in_place=True) == 2_000_000

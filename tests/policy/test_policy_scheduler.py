@@ -45,6 +45,17 @@ def test_batches_are_small_early_and_large_late() -> None:
     assert rig.now_s < 0.8 * one_size_s
 
 
+def test_batches_grow_when_everybody_has_waited_for_longer_than_the_patience() -> None:
+    """At saturation a slow model's queue is older than any patience: that alone is no hurry."""
+    rig = enclave({"vgg": TAPERED}, MACHINE, Settings(patience_s=0.1))
+    for number in range(1, 129):
+        rig.arrive(number, "vgg")
+    rig.drain()
+    last = max(run.first for _, run in rig.runs)
+    late = [sum(part.count for part in run.batch) for _, run in rig.runs if run.first == last]
+    assert median(late) >= 8
+
+
 def test_a_lone_request_waits_for_nobody() -> None:
     rig = enclave({"vgg": TAPERED})
     rig.arrive(1, "vgg")

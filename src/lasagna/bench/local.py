@@ -53,7 +53,7 @@ from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import End, Profile, profile
 from lasagna.units import Bytes, format_bytes
 
-BESIDE_BYTES: Final = 20_000_000
+BESIDE_BYTES: Final = 14_000_000
 """EPC for what is not in a plan: interpreter, sessions, frames, hot code. Faults would show if it
 were too little."""
 SCENARIOS: Final[dict[str, dict[str, float]]] = {

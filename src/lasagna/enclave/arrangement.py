@@ -109,6 +109,7 @@ def arrange(
     recorder: Recorder,
     *,
     budget: int,
+    threads: int,
 ) -> Arrangement:
     """Reserve memory, open sessions, and try every graph once.
 
@@ -117,6 +118,7 @@ def arrange(
         loaded: models whose keys are here, by digest.
         sessions: kept from arrangements before.
         recorder: of spans.
+        threads: that compute, in all.
         budget: bytes of enclave memory in all. The vanilla form, being what others are compared
             with, is not held to it: whoever limits its memory pages.
 
@@ -140,6 +142,8 @@ def arrange(
         [pool.take(staging) for _ in range(command.lanes + 1)],
         pool,
         recorder,
+        width=threads // command.lanes,
+        cores=command.cores,
     )
     lanes = [Lane(number, pool.take(command.activation_bytes)) for number in range(command.lanes)]
     slots = [pool.take(command.input_bytes) for _ in range(command.input_slots)]

@@ -15,7 +15,8 @@ from msgspec import Meta
 
 from lasagna.package.forms import Form
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
+MAX_CORES: Final = 4096
 
 _Id = Annotated[int, Meta(ge=0, le=2**53)]
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -112,6 +113,8 @@ class Arrange(_Message, frozen=True, tag="arrange"):
         input_bytes: of such a slot.
         activation_bytes: of one lane.
         workspace_bytes: of ONNX Runtime's arena, for all compute threads.
+        cores: processors for computing and loading. Where computing needs all of them, weights are
+            loaded only while it pauses.
     """
 
     models: Annotated[tuple[ModelWish, ...], Meta(max_length=1024)]
@@ -122,6 +125,7 @@ class Arrange(_Message, frozen=True, tag="arrange"):
     input_bytes: _Count
     activation_bytes: _Count
     workspace_bytes: _Count
+    cores: Annotated[int, Meta(ge=1, le=MAX_CORES)] = MAX_CORES
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ sends the answer. The loader thread decrypts weights ahead; a new one starts wit
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
 import threading
@@ -21,7 +22,7 @@ from lasagna.enclave.counters import Counters
 from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
 from lasagna.enclave.model import LoadedModel, Model
 from lasagna.enclave.pool import Memory
-from lasagna.enclave.sessions import native_block, share_threads
+from lasagna.enclave.sessions import native_block, on_processors, share_threads
 from lasagna.enclave.spans import Recorder
 from lasagna.errors import (
     EnclaveError,
@@ -75,6 +76,7 @@ class Enclave:
         self._counters = Counters()
         self._loader: threading.Thread | None = None
         self._computing: list[threading.Thread] = []
+        self._processors = sorted(os.sched_getaffinity(0))
 
     def serve(self) -> None:
         """Answer commands until Stop or the end of the connection.
@@ -205,6 +207,7 @@ class Enclave:
                 self._sessions,
                 self._recorder,
                 budget=self._limits.budget,
+                threads=self._limits.threads,
             )
         except RefusedModelError as error:
             kind = frames.error_kind(error.reason)
@@ -213,7 +216,9 @@ class Enclave:
         self._free_slots = queue.Queue()
         for slot in made.input_slots:
             self._free_slots.put(slot)
-        self._loader = threading.Thread(target=made.weights.load_ahead, name="loader", daemon=True)
+        self._loader = threading.Thread(
+            target=self._load_ahead, args=(made,), name="loader", daemon=True
+        )
         self._loader.start()
         self._arrangement = made
         for lane in made.lanes:
@@ -232,7 +237,7 @@ class Enclave:
         if self._lanes and lanes != self._lanes:
             raise InvalidInputError(f"{lanes} lanes in an enclave that began with {self._lanes}")
         if not self._lanes and lanes < threads:
-            share_threads(threads)
+            share_threads(threads, self._processors[1:])
             self._sessions.shared_threads = True
         self._lanes = lanes
 
@@ -314,15 +319,23 @@ class Enclave:
                 cut.forget(owner)
         self._send(m.Done(command.id))
 
+    def _load_ahead(self, arrangement: Arrangement) -> None:
+        """The loader thread. Those that share a layer rest while it works: their place is free."""
+        shared = self._sessions.shared_threads
+        with on_processors(self._processors[1:] if shared else self._processors):
+            arrangement.weights.load_ahead()
+
     def _compute(self, number: int) -> None:
         """A compute thread: jobs in, answers out."""
-        while (job := self._jobs.get()) is not None:
-            reply = self._run(job, number)
-            del job  # or its arrangement's memory would stay while this thread waits for the next
-            with self._emptied:
-                self._inside -= 1
-                self._emptied.notify_all()
-            self._send(reply)
+        shared = self._sessions.shared_threads
+        with on_processors(self._processors[:1] if shared else self._processors):
+            while (job := self._jobs.get()) is not None:
+                reply = self._run(job, number)
+                del job  # or its arrangement's memory would stay while this thread waits
+                with self._emptied:
+                    self._inside -= 1
+                    self._emptied.notify_all()
+                self._send(reply)
 
     def _run(self, job: Job, number: int) -> m.Reply:
         job.wait_s = time.perf_counter() - job.queued_at

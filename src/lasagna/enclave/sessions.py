@@ -6,7 +6,9 @@ One place, because the measurement is only worth something if both open it alike
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -64,13 +66,31 @@ def set_workspace_arena(size: int) -> None:
         raise BudgetError(f"there is no workspace of {size} bytes ({kind})") from None
 
 
-def share_threads(threads: int) -> None:
+def share_threads(threads: int, processors: Sequence[int]) -> None:
     """Let all sessions that this process opens from now on compute with the same threads.
 
     With a pool for each of its sessions a model in 30 slices would have 30 of them. For good: ONNX
     Runtime makes this pool once, and then opens no session with one of its own.
+
+    Args:
+        threads: that compute a layer, the calling one included.
+        processors: that the others may use. They inherit them from who makes them.
     """
-    ort.set_global_thread_pool_sizes(threads, 1)
+    with on_processors(processors):
+        ort.set_global_thread_pool_sizes(threads, 1)
+
+
+@contextlib.contextmanager
+def on_processors(processors: Sequence[int]) -> Iterator[None]:
+    """Keep the calling thread to these processors, where the system lets it choose."""
+    before = os.sched_getaffinity(0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, set(processors) & before or before)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, before)
 
 
 def open_slice_session(

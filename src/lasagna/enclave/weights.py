@@ -5,20 +5,24 @@ before they begin, and each needs its pieces in order, so the next uses are know
 decrypts ahead, always the absent piece that is needed next, and overwrites only what is needed
 later than that (Belady, IBM Systems Journal 5(2), 1966). A compute thread that finds its piece not
 ready helps: it takes chunks of it beside the loader until none is left, rather than wait.
+
+Where every core computes, a loader beside them would take one away in the middle of a layer, and
+the threads that share that layer would wait. So it works only while one of them pauses for weights;
+and who pauses fills the ring before it goes on.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lasagna.enclave.messages import Span
-from lasagna.enclave.pieces import NEVER, Course, Courses, LoadCounters, Move, Piece, Slot
+from lasagna.enclave.pieces import Course, LoadCounters, Move, Piece, Slot
 from lasagna.enclave.pool import Memory, Pool
+from lasagna.enclave.ring import Ring
 from lasagna.enclave.spans import Recorder
 from lasagna.errors import EnclaveError, InvalidInputError, LasagnaError, PackageError
 
@@ -33,6 +37,8 @@ class Weights:
         stagings: ciphertext memory, one piece for the loader and one for every compute thread.
         pool: where memory for pinned slices comes from.
         recorder: of spans.
+        width: threads that compute one run.
+        cores: processors for all threads.
         counters: for statistics.
         stall_s: seconds that each compute thread has spent in ``acquire`` over pieces that were
             not there, decrypting with the loader or waiting for it.
@@ -43,24 +49,22 @@ class Weights:
     stagings: Sequence[Memory]
     pool: Pool
     recorder: Recorder
+    width: int = 1
+    cores: int = 2
     counters: LoadCounters = field(default_factory=LoadCounters)
     stall_s: list[float] = field(init=False)
-    _slots: list[Slot] = field(init=False)
-    _where: dict[int, Slot] = field(default_factory=dict)
+    _ring: Ring = field(init=False)
     _pinned: dict[int, Slot] = field(default_factory=dict)
-    _streamed: list[int] = field(init=False)
-    _courses: Courses = field(default_factory=Courses)
-    _filling: list[Slot] = field(default_factory=list)
     _moves: deque[Move] = field(default_factory=deque)
     _waiters: int = 0
+    _paused: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closed: bool = False
 
     def __post_init__(self) -> None:
         """Everything is absent."""
         self.stall_s = [0.0] * (len(self.stagings) - 1)
-        self._slots = [Slot(memory) for memory in self.ring]
-        self._streamed = list(range(len(self.pieces)))
+        self._ring = Ring(self.pieces, [Slot(memory) for memory in self.ring])
 
     # What runs and moves.
 
@@ -68,14 +72,14 @@ class Weights:
         """A run will need these pieces, ``last`` exclusive, after those announced before."""
         course = Course(first, last)
         with self._changed:
-            self._courses.announced.append(course)
+            self._ring.courses.announced.append(course)
             self._wake()
         return course
 
     def finish(self, course: Course) -> None:
         """The run is over."""
         with self._changed:
-            self._courses.announced.remove(course)
+            self._ring.courses.announced.remove(course)
             self._wake()
 
     def move(self, piece: int, *, pin: bool, done: Callable[[LasagnaError | None], None]) -> None:
@@ -108,8 +112,8 @@ class Weights:
             raise
         slot = Slot(memory, holds=piece, next_chunk=len(facts.chunks))
         with self._changed:
-            self._pinned[piece] = self._where[piece] = slot
-            self._streamed.remove(piece)
+            self._pinned[piece] = slot
+            self._ring.stay(piece, slot)
             self.counters.load_s += time.perf_counter() - start
             self._count(piece)
         self._span("loader", "pin", start, piece)
@@ -146,18 +150,23 @@ class Weights:
         """
         with self._changed:
             course.at, course.running = piece, True
-            slot = self._where.get(piece)
+            slot = self._ring.where.get(piece)
             if slot is not None and slot.ready:  # the usual case: the loader was here before
                 slot.users += 1
                 return slot
+            self._paused += 1
+            self._wake()
         start = time.perf_counter()
         slot = self._claim_for(piece)
         try:
             self._finish(slot, piece, self.stagings[1 + thread], f"compute {thread}")
+            self._stock_up(self.stagings[1 + thread], f"compute {thread}")
         except PackageError:
             self.release(course, slot)
             raise
         finally:
+            with self._changed:
+                self._paused -= 1
             self.stall_s[thread] += time.perf_counter() - start
             self._span(f"compute {thread}", "stall", start, piece)
         return slot
@@ -168,7 +177,7 @@ class Weights:
             slot.users -= 1
             course.at += 1
             if slot.error is not None and not slot.users and not slot.missing:
-                self._empty(slot)  # who needed it has been told; the next one may try again
+                self._ring.empty(slot)  # who needed it has been told; the next one may try again
             self._wake()
 
     def close(self) -> None:
@@ -208,9 +217,7 @@ class Weights:
         if not self.ring or size > len(self.ring[0]):
             raise InvalidInputError(f"a slice of {size} bytes can't pass through the ring")
         slot = self._pinned.pop(piece)
-        if self._where.get(piece) is slot:
-            del self._where[piece]
-        self._streamed.insert(bisect_left(self._streamed, piece), piece)
+        self._ring.pass_through(piece, slot)
         self.pool.give_back(size)
 
     def _in_use(self, move: Move) -> bool:
@@ -228,7 +235,7 @@ class Weights:
         """A slot that holds or will hold the piece, with this thread among its users."""
         with self._changed:
             while True:
-                slot = self._where.get(piece) or self._claim(piece, urgent=True)
+                slot = self._ring.where.get(piece) or self._ring.claim(piece, urgent=True)
                 if slot is not None:
                     slot.users += 1
                     return slot
@@ -240,7 +247,7 @@ class Weights:
         """Decrypt what is left of a piece, then wait for the chunks that others have taken."""
         while True:
             with self._changed:
-                while slot.missing and not self._left(slot):
+                while slot.missing and not self._ring.left(slot):
                     if self._closed:
                         raise PackageError("the enclave is stopping")
                     self._wait()
@@ -248,8 +255,25 @@ class Weights:
                     raise slot.error.again()
                 if not slot.missing:
                     return
-                chunk = self._take_chunk(slot)
+                chunk = self._ring.take_chunk(slot)
             self._fill(slot, piece, chunk, staging, who)
+
+    def _stock_up(self, staging: Memory, who: str) -> None:
+        """Fill the ring, unless the loader can do that while the runs compute."""
+        while True:
+            with self._changed:
+                resumed = self._paused - 1
+                if self._closed or self._core_left(resumed):
+                    return
+                job = self._ring.next_chunk()
+            if job is None:
+                return
+            self._fill(*job, staging, who)
+
+    def _core_left(self, paused: int) -> bool:
+        """Whether the loader takes no core from computing while so many threads pause."""
+        running = sum(course.running for course in self._ring.courses.announced)
+        return (running - paused) * self.width + paused + 1 <= self.cores
 
     def _await_job(self) -> tuple[Slot, int, int] | Move | None:
         """The loader's next job; nothing when the store is closed."""
@@ -266,79 +290,7 @@ class Weights:
         move = self._possible_move()
         if move is not None:
             return move
-        while self._filling:
-            slot = min(self._filling, key=lambda s: self._courses.distance(s.holds))
-            if self._left(slot):
-                return slot, slot.holds, self._take_chunk(slot)
-            self._filling.remove(slot)
-        nearest = self._nearest_absent()
-        claimed = None if nearest is None else self._claim(nearest, urgent=False)
-        if nearest is None or claimed is None:
-            return None
-        return claimed, nearest, self._take_chunk(claimed)
-
-    def _nearest_absent(self) -> int | None:
-        """The absent piece that any run needs next; a few steps, as few slots hold pieces."""
-        best, best_distance = None, NEVER
-        for offset, course in self._courses.starts():
-            at = bisect_left(self._streamed, course.at)
-            for piece in self._streamed[at : at + len(self._slots) + 1]:
-                distance = offset + piece - course.at
-                if piece >= course.last or distance >= best_distance:
-                    break
-                if piece not in self._where:
-                    best, best_distance = piece, distance
-                    break
-        return best
-
-    def _slot_distance(self, slot: Slot) -> int:
-        """Steps until a run needs what the slot holds; what was pinned meanwhile is not needed."""
-        needed = slot.holds >= 0 and self._where.get(slot.holds) is slot
-        return self._courses.distance(slot.holds) if needed else NEVER
-
-    def _claim(self, piece: int, *, urgent: bool) -> Slot | None:
-        """The slot for an absent piece, or nothing while all are needed sooner.
-
-        Its own slot, the same one each time, if that will do: at the same address its graph is
-        bound to it once. Else the one whose piece is needed last.
-        """
-        own = self._slots[bisect_left(self._streamed, piece) % len(self._slots)]
-        limit = -1 if urgent else self._courses.distance(piece)
-        chosen, furthest = None, limit
-        for slot in (own, *self._slots):
-            if slot.users or slot.missing:
-                continue
-            if urgent and self._courses.behind(slot.holds, piece):
-                continue
-            distance = self._slot_distance(slot)
-            if distance > furthest:
-                chosen, furthest = slot, distance
-                if slot is own and not urgent:
-                    break
-        if chosen is None:
-            return None
-        if chosen.holds >= 0:
-            self._empty(chosen)
-        chosen.holds = piece
-        chosen.next_chunk = 0
-        chosen.missing = len(self.pieces[piece].chunks)
-        self._where[piece] = chosen
-        self._filling.append(chosen)
-        return chosen
-
-    def _empty(self, slot: Slot) -> None:
-        if self._where.get(slot.holds) is slot:
-            del self._where[slot.holds]
-        if slot in self._filling:
-            self._filling.remove(slot)
-        slot.holds, slot.error, slot.missing, slot.next_chunk = -1, None, 0, 0
-
-    def _left(self, slot: Slot) -> bool:
-        return slot.next_chunk < len(self.pieces[slot.holds].chunks)
-
-    def _take_chunk(self, slot: Slot) -> int:
-        slot.next_chunk += 1
-        return slot.next_chunk - 1
+        return self._ring.next_chunk() if self._core_left(self._paused) else None
 
     def _fill(self, slot: Slot, piece: int, chunk: int, staging: Memory, who: str) -> None:
         """Decrypt one chunk of a piece into its slot, and note how that went."""

@@ -36,23 +36,42 @@ def lifetimes(
     return spans
 
 
-def arrange(tensor_bytes: Sequence[int], spans: Mapping[int, Span]) -> Places:
+def arrange(
+    tensor_bytes: Sequence[int],
+    spans: Mapping[int, Span],
+    in_place: Sequence[tuple[int, int]] = (),
+) -> Places:
     """Choose offsets, for one row; they are multiplied by the batch.
 
     Args:
         tensor_bytes: bytes a row of every tensor.
         spans: when those that need a place are alive.
+        in_place: pairs of equal size of which the second takes the first one's place, in the slice
+            that needs the first one last.
 
     Returns:
         Offsets, 0 for tensors without a place, and the bytes they span.
     """
+    place_of = {t: t for t in spans}
+    lives = dict(spans)
+    for before, after in in_place:
+        assert tensor_bytes[before] == tensor_bytes[after]
+        assert spans[before][1] == spans[after][0]
+        first = place_of[after] = place_of[before]
+        lives[first] = (lives[first][0], lives.pop(after)[1])
+    found = _places(tensor_bytes, lives)
+    offsets = tuple(found[0].get(place_of.get(t, t), 0) for t in range(len(tensor_bytes)))
+    return Places(offsets, found[1])
+
+
+def _places(tensor_bytes: Sequence[int], spans: Mapping[int, Span]) -> tuple[dict[int, int], int]:
+    """Offsets of those that are alive at all, and the bytes they span."""
     sizes = {t: max(1, -(-tensor_bytes[t] // WEIGHT_ALIGNMENT)) for t in spans}
     order = sorted(spans, key=lambda t: (spans[t][0], -sizes[t], t))
     room = most_alive(spans, sizes)
     while (found := _search(order, spans, sizes, room)) is None:
         room = int(room * GROWTH) + 1
-    offsets = tuple(found.get(t, 0) * WEIGHT_ALIGNMENT for t in range(len(tensor_bytes)))
-    return Places(offsets, room * WEIGHT_ALIGNMENT)
+    return {t: at * WEIGHT_ALIGNMENT for t, at in found.items()}, room * WEIGHT_ALIGNMENT
 
 
 def most_alive(spans: Mapping[int, Span], sizes: Mapping[int, int]) -> int:

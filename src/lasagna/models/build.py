@@ -159,7 +159,7 @@ def slice_limit(total: int) -> int:
     Args:
         total: bytes of the model's weights.
     """
-    return min(16 * MIB, max(total // 16, min(2 * MIB, total // 8), SMALLEST_SLICE))
+    return min(8 * MIB, max(total // 16, min(2 * MIB, total // 8), SMALLEST_SLICE))
 
 
 def _self_check(reference: Reference, slices: Sequence[Slice]) -> float:

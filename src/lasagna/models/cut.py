@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from lasagna.errors import ModelError
-from lasagna.models.graph import Graph, uses
+from lasagna.models.graph import Graph, addend, uses
 from lasagna.models.shapes import TensorInfo
 
 CUT_COST_BYTES: Final = 150_000
@@ -66,7 +66,8 @@ def cut_graph(
     summed = np.concatenate([[0], np.cumsum(weights)])
     crossing, allowed = _crossings(graph, tensors)
     made, last_use, sizes = _lifetimes(graph, tensors)
-    floor = needed_memory(graph, tensors)
+    added = _added(graph, made, last_use)
+    floor = needed_memory(graph, tensors, in_place=True)
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
     origin = np.zeros(count + 1, dtype=np.int64)
@@ -83,9 +84,13 @@ def cut_graph(
                 continue
             if not forced and _held(start, stop, made, last_use, sizes) > memory_limit:
                 break  # a longer slice holds no less
-            if not forced and _around(start, stop, made, last_use, sizes) > floor:
+            around = _around(start, stop, made, last_use, sizes)
+            around -= _in_place(start, stop, added, made, last_use, sizes)
+            if not forced and around > floor:
                 continue
-            best[stop], origin[stop] = best[start] + cost_here, start
+            cost = best[start] + cost_here + _copied(start, stop, added, made, last_use, sizes)
+            if cost < best[stop]:
+                best[stop], origin[stop] = cost, start
     if not np.isfinite(best[count]):
         raise ModelError(
             f"the graph has a stretch of over {LONGEST_SLICE} nodes in which every cut crosses a "
@@ -98,14 +103,25 @@ def cut_graph(
     return Cuts(tuple(positions), tuple(int(crossing[p]) for p in positions[1:-1]))
 
 
-def needed_memory(graph: Graph, tensors: Mapping[str, TensorInfo]) -> int:
+def needed_memory(
+    graph: Graph, tensors: Mapping[str, TensorInfo], *, in_place: bool = False
+) -> int:
     """Bytes at batch 1 that the neediest node holds: its inputs, its outputs and what waits.
 
     No choice of cuts gets below this.
+
+    Args:
+        graph: the graph.
+        tensors: shapes of its tensors.
+        in_place: a node that adds a tensor to its result, which nobody needs after it, puts the
+            result in its place (``slices.in_place_pairs``).
     """
     made, last_use, sizes = _lifetimes(graph, tensors)
     alive = np.zeros(len(graph.nodes) + 2, dtype=np.int64)
     np.add.at(alive, np.maximum(made, 0), sizes)
+    for _, after in _added(graph, made, last_use) if in_place else ():
+        alive[made[after]] -= sizes[after]
+        alive[made[after] + 1] += sizes[after]
     np.add.at(alive, np.minimum(last_use, len(graph.nodes) - 1) + 1, -sizes)
     return int(np.cumsum(alive).max())
 
@@ -164,6 +180,53 @@ def _around(start: int, stop: int, made: np.ndarray, last: np.ndarray, sizes: np
     before = (made < start) & (last >= start)
     after = (made >= start) & (made < stop) & (last >= stop)
     return int(sizes[before | after].sum())
+
+
+def _added(graph: Graph, made: np.ndarray, last: np.ndarray) -> list[tuple[int, int]]:
+    """Tensors that a node adds to its result and nobody needs after it, and the results."""
+    names = [*graph.inputs, *(n for node in graph.nodes for n in node.output if n)]
+    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    pairs = []
+    for index, node in enumerate(graph.nodes):
+        before = number.get(addend(node) or "")
+        if before is not None and made[before] >= 0 and last[before] == index:
+            pairs.append((before, number[node.output[0]]))
+    return pairs
+
+
+def _in_place(
+    start: int,
+    stop: int,
+    added: Sequence[tuple[int, int]],
+    made: np.ndarray,
+    last: np.ndarray,
+    sizes: np.ndarray,
+) -> int:
+    """Bytes of a slice's outputs that take the place of inputs."""
+    return sum(
+        int(sizes[after])
+        for before, after in added
+        if made[before] < start <= made[after] < stop <= last[after]
+    )
+
+
+def _copied(
+    start: int,
+    stop: int,
+    added: Sequence[tuple[int, int]],
+    made: np.ndarray,
+    last: np.ndarray,
+    sizes: np.ndarray,
+) -> int:
+    """Bytes that a slice copies because only one of a sum and what it is added to lies inside.
+
+    Inside a slice ONNX Runtime adds in place, and so do we where both cross its ends.
+    """
+    return sum(
+        int(sizes[after])
+        for before, after in added
+        if start <= made[after] < stop and (made[before] < start) != (last[after] >= stop)
+    )
 
 
 def _held(start: int, stop: int, made: np.ndarray, last: np.ndarray, sizes: np.ndarray) -> int:

@@ -18,6 +18,8 @@ LIFT_BYTES: Final = 1024
 (DESIGN.md, fact 1). Shapes, axes and scales, which kernels want as constants, are smaller."""
 
 _BLOCK: Final = 256
+_ADDEND: Final = 3
+"""Which input they add; the standard's own Conv has three in all."""
 
 Array = NDArray[Any]
 
@@ -53,6 +55,12 @@ class Graph:
     def opset(self, domain: str = "") -> int:
         """The operator set version of a domain (0 when the graph does not use it)."""
         return next((entry.version for entry in self.opsets if entry.domain == domain), 0)
+
+
+def addend(node: onnx.NodeProto) -> str | None:
+    """The tensor that ONNX Runtime's own convolutions add to their result, if there is one."""
+    fused = node.op_type in ("Conv", "FusedConv") and len(node.input) > _ADDEND
+    return (node.input[_ADDEND] or None) if fused else None
 
 
 def copy_into(target: Array, source: Array) -> None:

@@ -111,15 +111,17 @@ def _rows(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Random inputs and room for the outputs of so many rows."""
     feeds: dict[str, Array] = {}
-    for local, name in zip(piece.details.inputs, piece.inputs, strict=True):
+    local = dict(zip(piece.inputs, piece.details.inputs, strict=True))
+    for name, into in local.items():
         spec = tensors[name].spec
         if np.dtype(spec.dtype).kind == "f":
-            feeds[local] = rng.standard_normal(spec.shape(rows)).astype(spec.dtype)
+            feeds[into] = rng.standard_normal(spec.shape(rows)).astype(spec.dtype)
         else:
-            feeds[local] = rng.integers(0, 2, size=spec.shape(rows)).astype(spec.dtype)
+            feeds[into] = rng.integers(0, 2, size=spec.shape(rows)).astype(spec.dtype)
+    shared = {after: feeds[local[before]] for before, after in piece.in_place}
     results = {
-        local: np.zeros(tensors[name].spec.shape(rows), tensors[name].spec.dtype)
-        for local, name in zip(piece.details.outputs, piece.outputs, strict=True)
+        out: shared.get(name, np.zeros(tensors[name].spec.shape(rows), tensors[name].spec.dtype))
+        for out, name in zip(piece.details.outputs, piece.outputs, strict=True)
     }
     return feeds, results
 

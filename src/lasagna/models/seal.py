@@ -252,6 +252,7 @@ def _variant(built: Built, source: Source, sections: _Sections, progress: Progre
     inputs = tuple(number[name] for name in reference.inputs)
     outputs = tuple(number[name] for name in reference.outputs)
     sizes = tuple(spec.row_bytes for spec in specs)
+    in_place = [(number[a], number[b]) for piece in built.slices for a, b in piece.in_place]
     return Variant(
         name=built.name,
         block=built.block,
@@ -260,7 +261,7 @@ def _variant(built: Built, source: Source, sections: _Sections, progress: Progre
         inputs=inputs,
         outputs=outputs,
         slices=tuple(slices),
-        places=arrange(sizes, lifetimes(inputs, outputs, slices)),
+        places=arrange(sizes, lifetimes(inputs, outputs, slices), in_place),
         whole=whole,
         whole_places=arrange(sizes, lifetimes(inputs, outputs, [whole])),
         frozen=sections.add(freeze(built.whole)),

@@ -92,7 +92,9 @@ class Choice:
         since_s, deadline_s = NEVER, NEVER
         if stage.waiting:
             first = requests[stage.waiting[0].request]
-            since_s, deadline_s = first.facts.at_s, first.deadline_s
+            since_s, deadline_s = stage.waiting[0].since_s, first.deadline_s
+            if self._in_order:
+                since_s = first.facts.at_s
         elif (oldest := model.outside.oldest()) is not None:
             since_s, deadline_s = oldest.since_s, oldest.deadline_s
         if self._in_order or now_s - since_s >= self._patience_s:

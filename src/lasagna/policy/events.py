@@ -7,7 +7,7 @@ Commands are what its driver has to do; the driver never refuses one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lasagna.policy.costs import Forms
@@ -154,11 +154,12 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows ``first`` to ``first + count`` of a request."""
+    """Rows ``first`` to ``first + count`` of a request, which wait at a cut since ``since_s``."""
 
     request: int
     first: int
     count: int
+    since_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

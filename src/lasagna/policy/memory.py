@@ -63,7 +63,7 @@ class _Search:
         each = 0  # batches of one row, then more
         while each < most * GRID:
             for staged in (True, False) if self.style.staged else (False,):
-                for apart in (True, False):
+                for apart in (True, False) if self.machine.spare_cores else (False,):
                     plan = self._divide(models, int(each), staged=staged, apart=apart)
                     if plan is not None:
                         break
@@ -105,6 +105,7 @@ class _Search:
             input_bytes=whole_pages(inputs) if apart else 0,
             lanes=machine.lanes,
             width=machine.width,
+            cores=machine.cores,
             activation_bytes=whole_pages(activations),
             workspace_bytes=whole_pages(workspace),
             staging_bytes=(machine.lanes + 1) * whole_pages(min(largest, machine.chunk_bytes) + 64),

@@ -21,6 +21,7 @@ class MemoryPlan:
         input_slots: for opened inputs of runs that wait, each of input_bytes; 0 to open them when
             the run begins.
         lanes: batches that are computed at once, each by so many threads as width says.
+        cores: processors for computing and loading.
         activation_bytes: of the batch that runs on one of them.
         workspace_bytes: of kernels, for all threads, and of copies of weights in sessions.
         staging_bytes: of ciphertext on its way.
@@ -38,6 +39,7 @@ class MemoryPlan:
     input_bytes: int
     lanes: int
     width: int
+    cores: int
     activation_bytes: int
     workspace_bytes: int
     staging_bytes: int

@@ -13,7 +13,7 @@ from typing import Final
 
 from lasagna.policy.costs import Correction
 from lasagna.policy.events import Ran
-from lasagna.policy.stages import Machine, alone_s, sealing_s, visit_s
+from lasagna.policy.stages import Machine, alone_s, exposed_s, sealing_s, visit_s
 from lasagna.policy.state import ModelState, StageState
 
 ERRORS_KEPT: Final = 1000
@@ -83,12 +83,16 @@ class Predictions:
     def alone_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds from the start of a run to its end."""
         busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
-        return alone_s(busy_s, self.load_s(stage), self.machine)
+        return alone_s(
+            busy_s, self.load_s(stage), self._exposed_s(model, stage, rows), self.machine
+        )
 
     def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of the server for one run of a gang."""
         busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
-        return visit_s(busy_s, self.load_s(stage), self.machine)
+        return visit_s(
+            busy_s, self.load_s(stage), self._exposed_s(model, stage, rows), self.machine
+        )
 
     def note(self, model: ModelState, stage: StageState, rows: int, ran: Ran) -> None:
         """A run has ended, and took so long."""
@@ -107,6 +111,15 @@ class Predictions:
             self._compute_errors.note(own.factor * profile_s, measured_s)
         own.note(profile_s, measured_s)
         stage.correction.note(profile_s, measured_s)
+
+    def _exposed_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Seconds of loading that computing does not hide, by the profile's measure of both."""
+        found = stage.exposed_s.get(rows)
+        if found is None:
+            first, last = stage.plan.first, stage.plan.last
+            found = exposed_s(model.costs, first, last, rows, stage.pinned, self.machine)
+            stage.exposed_s[rows] = found
+        return self._loading.factor * found
 
     def _profile_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         found = stage.profile_s.get(rows)

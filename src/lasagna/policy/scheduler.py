@@ -208,7 +208,8 @@ class Scheduler:
         for part in run.batch:
             request = self._requests.get(part.request)
             if following is not None and request is not None:
-                following.waiting.append(part)
+                moved = Rows(part.request, part.first, part.count, event.at_s)
+                following.waiting.append(moved)
                 following.waiting_rows += part.count
             elif following is not None:
                 following.held -= part.count
@@ -262,7 +263,8 @@ class Scheduler:
         model.outside.remove(request.facts.request)
         request.left = request.untaken = request.facts.rows
         first = model.stages[0]
-        first.waiting.append(Rows(request.facts.request, 0, request.left))
+        facts = request.facts
+        first.waiting.append(Rows(facts.request, 0, request.left, facts.at_s))
         first.waiting_rows += request.left
         first.held += request.left
 
@@ -371,9 +373,9 @@ class Scheduler:
             part = stage.waiting.popleft()
             stage.waiting_rows -= min(part.count, limit)
             if part.count > limit:
-                rest = Rows(part.request, part.first + limit, part.count - limit)
-                stage.waiting.appendleft(rest)
-                part = Rows(part.request, part.first, limit)
+                first, left, since_s = part.first + limit, part.count - limit, part.since_s
+                stage.waiting.appendleft(Rows(part.request, first, left, since_s))
+                part = Rows(part.request, part.first, limit, since_s)
             if not index:
                 self._requests[part.request].take(part.count)
             return part

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final
 
 from lasagna.policy.costs import ModelCosts
 
-ROWS: Final = (1, 2, 4, 8, 16, 32)
+ROWS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Batch sizes to choose from."""
 SLICE_S: Final = 0.00012
 """What calling a slice costs beside computing: binding, locks, and Python's threads in turn."""
@@ -58,6 +59,11 @@ class Machine:
             return (self,)
         return self, replace(self, lanes=1, width=self.lanes * self.width)
 
+    @property
+    def spare_cores(self) -> int:
+        """Processors that computing leaves to loading, and to opening requests."""
+        return max(0, self.cores - self.lanes * self.width)
+
     def batch_s(self, compute_s: float, row_s: float) -> float:
         """Seconds that a batch takes on one lane.
 
@@ -91,6 +97,10 @@ def stages_within(
     limits = [_rows_within(costs, n, each, max_rows) for n in range(count)]
     compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
     load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
+    every, none = range(count), frozenset[int]()
+    exposed = {
+        rows: _sums(exposed_s(costs, n, n + 1, rows, none, machine) for n in every) for rows in ROWS
+    }
     best = [0.0] + [float("inf")] * count
     chosen = [(0, 1)] * (count + 1)
     for last in range(1, count + 1):
@@ -107,7 +117,8 @@ def stages_within(
                 compute[rows][last] - compute[rows][first], compute[1][last] - compute[1][first]
             )
             compute_s += copy_s(costs, first, rows) + SLICE_S * (last - first)
-            visit = visit_s(compute_s, load[last] - load[first], machine)
+            bare_s = exposed[rows][last] - exposed[rows][first]
+            visit = visit_s(compute_s, load[last] - load[first], bare_s, machine)
             total = best[first] + visit / rows
             if total < best[last] - 1e-12:
                 best[last], chosen[last] = total, (first, rows)
@@ -149,35 +160,55 @@ def sealing_s(costs: ModelCosts, first: int, last: int, rows: int) -> float:
     return rows * sum(size / SEAL_RATE + RECORD_S for size in ends)
 
 
-def alone_s(compute_s: float, load_s: float, machine: Machine) -> float:
-    """Seconds of one run, from its entry to its end: loading overlaps computing.
+def alone_s(compute_s: float, load_s: float, exposed_s: float, machine: Machine) -> float:
+    """Seconds of one run, from its entry to its end.
+
+    Loading overlaps computing where a core is to spare; else all threads load while it pauses.
 
     Args:
         compute_s: of the threads that compute it together.
-        load_s: decrypting its weights.
+        load_s: decrypting its weights, on one thread.
+        exposed_s: of that what does not overlap, see ``exposed_s``.
         machine: that it runs on.
     """
-    return max(compute_s, load_s) + machine.entry_s
+    if not machine.spare_cores:
+        exposed_s = load_s / min(machine.lanes * machine.width, machine.cores)
+    return compute_s + exposed_s + machine.entry_s
 
 
-def visit_s(compute_s: float, load_s: float, machine: Machine, *, overlapped: bool = True) -> float:
+def visit_s(compute_s: float, load_s: float, exposed_s: float, machine: Machine) -> float:
     """Seconds of the server for one run: of its lanes, or of its cores if these are short.
 
-    Runs go in gangs, one on each lane, and share what is loaded.
-
-    Args:
-        compute_s: of the threads that compute it together.
-        load_s: decrypting its weights.
-        machine: that it runs on.
-        overlapped: False where the ring has a single slot: then loading does not overlap computing.
+    Runs go in gangs, one on each lane, and share what is loaded. Arguments as of ``alone_s``.
     """
     if machine.lanes > 1 and load_s > 0.0:
         compute_s *= 1 + APART_LOSS
-    alone = compute_s + load_s + machine.entry_s
-    if overlapped:
-        alone = alone_s(compute_s, load_s, machine)
+    alone = alone_s(compute_s, load_s, exposed_s, machine)
     busy = machine.width * compute_s + load_s / machine.lanes + machine.entry_s
     return max(alone / machine.lanes, busy / machine.cores)
+
+
+def exposed_s(
+    costs: ModelCosts, first: int, last: int, rows: int, pinned: AbstractSet[int], machine: Machine
+) -> float:
+    """Seconds of a batch's loads that its computing does not hide.
+
+    The ring is short, so a slice's load overlaps about one slice's computing: behind layers that
+    have many weights and compute little, the ones that compute long do not help.
+    """
+    return sum(
+        max(
+            0.0,
+            costs.slices[n].weight_bytes / machine.load_rate - _slice_s(costs, n, rows, machine),
+        )
+        for n in range(first, last)
+        if n not in pinned
+    )
+
+
+def _slice_s(costs: ModelCosts, number: int, rows: int, machine: Machine) -> float:
+    one = costs.slices[number]
+    return machine.batch_s(one.compute_at(rows), one.compute_at(1)) + SLICE_S
 
 
 def request_s(
@@ -188,7 +219,15 @@ def request_s(
     *,
     overlapped: bool = True,
 ) -> float:
-    """Seconds of the server for a request, when it is busy and batches are full."""
+    """Seconds of the server for a request, when it is busy and batches are full.
+
+    Args:
+        costs: of the model.
+        stages: of it.
+        pinned: slices that are not loaded.
+        machine: that it runs on.
+        overlapped: False where the ring has a single slot: then loading does not overlap computing.
+    """
     total = 0.0
     for stage in stages:
         streamed = sum(
@@ -202,7 +241,9 @@ def request_s(
         compute_s += SLICE_S * (stage.last - stage.first)
         compute_s += sealing_s(costs, stage.first, stage.last, stage.rows)
         load_s = streamed / machine.load_rate
-        total += visit_s(compute_s, load_s, machine, overlapped=overlapped) / stage.rows
+        bare_s = exposed_s(costs, stage.first, stage.last, stage.rows, pinned, machine)
+        visit = visit_s(compute_s, load_s, bare_s if overlapped else load_s, machine)
+        total += visit / stage.rows
     return total
 
 

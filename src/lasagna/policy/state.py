@@ -147,7 +147,8 @@ class StageState:
         held: rows that take memory there: on their way to it, waiting at it, or in a run from it.
         waiting: rows at the cut, first come first.
         waiting_rows: how many they are.
-        profile_s: seconds of computing by rows.
+        pinned: its slices that need not be loaded.
+        profile_s: seconds of computing by rows; exposed_s: of loading that it does not hide.
         correction: of those; by_rows: of batches of one size, where some have been measured.
     """
 
@@ -157,7 +158,9 @@ class StageState:
     held: int = 0
     waiting: deque[Rows] = field(default_factory=deque)
     waiting_rows: int = 0
+    pinned: frozenset[int] = frozenset()
     profile_s: dict[int, float] = field(default_factory=dict)
+    exposed_s: dict[int, float] = field(default_factory=dict)
     correction: Correction = field(default_factory=Correction)
     by_rows: dict[int, Correction] = field(default_factory=dict)
 
@@ -203,3 +206,5 @@ class ModelState:
                 if n not in pinned
             )
             stage.load_s = streamed / load_rate
+            stage.pinned = pinned
+            stage.exposed_s.clear()

@@ -132,4 +132,5 @@ def arrange_message(id_: int, plan: MemoryPlan | None, digests: Mapping[str, byt
         plan.input_bytes,
         plan.activation_bytes,
         plan.workspace_bytes,
+        min(plan.cores, m.MAX_CORES),
     )
