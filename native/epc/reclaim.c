@@ -192,10 +192,11 @@ void *epc_reclaim(void *unused) {
 
 void epc_evict_all(void) {
     struct reclaimer self = new_reclaimer();
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
     begin_work(&self);
     while (evict_batch(&self)) {
     }
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
     epc_sealer_free(self.sealer);
 }

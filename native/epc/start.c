@@ -175,9 +175,12 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
     return true;
 }
 
+static struct epc_hold before_fork; /* of the thread that forks: guarded by the lock, which it has */
+
 void epc_before_fork(void) {
-    epc_refuse_stack();
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
+    before_fork = before;
     epc.forking = true;
     struct timespec until = epc_patience();
     while (epc.busy > 0) {
@@ -187,8 +190,9 @@ void epc_before_fork(void) {
 }
 
 void epc_after_fork_in_parent(void) {
+    struct epc_hold before = before_fork;
     pthread_cond_broadcast(&epc.settled);
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
 }
 
 void epc_after_fork_in_child(struct epc_stats *stats) {
@@ -208,4 +212,5 @@ void epc_after_fork_in_child(struct epc_stats *stats) {
     if (epc.uffd < 0 || !watch() || !start_threads()) {
         epc_die("the forked process can't watch its memory");
     }
+    epc_restore(&before_fork);
 }
