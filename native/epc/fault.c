@@ -140,15 +140,24 @@ static void fill(struct batch *batch, struct epc_sealer *const *sealers) {
     }
 }
 
+/* Give neighbours to the program. Where the kernel has split the region, as it does when the program
+ * treats a part of it in a way that we don't know of, they may lie in two mappings: then one by one. */
+static void map_run(uint32_t number, const unsigned char (*contents)[EPC_PAGE], uint32_t run) {
+    size_t done = epc_uffd_copy(epc.uffd, epc_page_address(number), contents, run);
+    for (; done < run; done++) {
+        if (epc_uffd_copy(epc.uffd, epc_page_address(number) + done * EPC_PAGE, contents[done], 1) == 0) {
+            epc_die("a page can't be mapped");
+        }
+    }
+}
+
 /* Give the pages to the program. */
 static void map(const struct batch *batch) {
     for (uint32_t i = 0, run; i < batch->count; i += run) {
         uint32_t number = batch->sorted[i];
         for (run = 1; i + run < batch->count && batch->sorted[i + run] == number + run; run++) {
         }
-        if (epc_uffd_copy(epc.uffd, epc_page_address(number), epc.contents[i], run) != 0) {
-            epc_die("a page can't be mapped");
-        }
+        map_run(number, &epc.contents[i], run);
     }
 }
 

@@ -153,6 +153,14 @@ bool epc_contains(const void *address) {
            epc.region != NULL;
 }
 
+bool epc_overlaps(const void *address, size_t bytes) {
+    uintptr_t start = (uintptr_t)epc.region, end = start + epc.region_pages * EPC_PAGE;
+    return epc.region != NULL && (uintptr_t)address < end && bytes > 0 &&
+           (epc_contains(address) || bytes > start - (uintptr_t)address);
+}
+
+int epc_descriptor(void) { return epc.uffd; }
+
 /* Wait until no page of the range is in transition. Lock held, released meanwhile. */
 static void settle_range(size_t first, size_t count) {
     struct timespec until = epc_patience();

@@ -92,6 +92,9 @@ void *epc_handle_faults(void *unused);
 /* The reclaimer thread. */
 void *epc_reclaim(void *unused);
 
+/* End the process if no thread of the program is left. For the reclaimer, now and then; without the lock. */
+void epc_end_if_alone(void);
+
 /* Note memory of the emulator in the statistics. */
 void epc_note_own(const void *start, size_t bytes);
 

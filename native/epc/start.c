@@ -197,7 +197,7 @@ void epc_after_fork_in_parent(void) {
 
 void epc_after_fork_in_child(struct epc_stats *stats) {
     char reason[200];
-    close(epc.uffd);
+    epc_uffd_close(epc.uffd);
     init_lock();
     uint64_t limit = epc_limit();
     memcpy(stats, epc.stats, sizeof *stats);

@@ -1,14 +1,19 @@
 /* A program that knows nothing of the emulator, which LD_PRELOAD brings in:
- *   preloaded shadow */
+ *   preloaded shadow|cancelled|locked|ended|descriptors */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define CHECK(what)                                                              \
@@ -149,18 +154,154 @@ static void shadow(void) {
     CHECK(calloc(many, 4) == NULL);
 }
 
+static int ends[2];
+
+static void *wait_in_read(void *unused) {
+    char byte;
+    (void)unused;
+    return (void *)(intptr_t)read(ends[0], &byte, 1);
+}
+
+static void *wait_in_recv(void *unused) {
+    char byte;
+    (void)unused;
+    return (void *)(intptr_t)recv(ends[0], &byte, 1, 0);
+}
+
+/* Promise: a thread that waits for data can be cancelled. */
+static void cancelled(void) {
+    void *(*const waits[])(void *) = {wait_in_read, wait_in_recv};
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    alarm(20);
+    for (int i = 0; i < 4; i++) {
+        pthread_t thread;
+        void *result;
+        CHECK(pthread_create(&thread, NULL, waits[i / 2], NULL) == 0);
+        usleep(i % 2 == 0 ? 50000 : 0); /* it waits already, or not yet */
+        CHECK(pthread_cancel(thread) == 0);
+        CHECK(pthread_join(thread, &result) == 0);
+        CHECK(result == PTHREAD_CANCELED);
+    }
+}
+
+/* Promise: a program that locks its memory runs, and what it locks is evicted all the same. */
+static void locked(void) {
+    enum { PAGES = 4 * 512 };
+    char *memory = malloc(PAGES * 4096);
+    CHECK(memory != NULL && mlockall(MCL_CURRENT | MCL_FUTURE) == 0);
+    CHECK(mlock(memory + 7 * 4096, 100 * 4096) == 0 && mlock2(memory, 4096, MLOCK_ONFAULT) == 0);
+    for (int round = 0; round < 3; round++) {
+        for (size_t i = 0; i < PAGES; i++) {
+            CHECK(round == 0 || memory[i * 4096] == (char)i);
+            memory[i * 4096] = (char)i;
+        }
+        CHECK(munlock(memory + 50 * 4096, 4096) == 0);
+    }
+    CHECK(munlockall() == 0);
+    free(memory);
+    static char small[4096]; /* not in the region: locked as ever */
+    CHECK(mlock(small, sizeof small) == 0 && munlock(small, sizeof small) == 0);
+    CHECK(mlock((void *)4096, 4096) != 0 && errno == ENOMEM);
+}
+
+static void *outlive_main(void *unused) {
+    usleep(200000);
+    return unused;
+}
+
+static void *wait_for_ever(void *unused) {
+    pause();
+    return unused;
+}
+
+static void be_slow_to_end(void) { pause(); }
+
+/* The status of a child whose main thread ends while this one runs. */
+static int status_after_main(void *(*other)(void *), void (*at_exit)(void), int number) {
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        pthread_t thread;
+        CHECK(other == NULL || pthread_create(&thread, NULL, other, NULL) == 0);
+        CHECK(at_exit == NULL || atexit(at_exit) == 0);
+        alarm(20);
+        pthread_exit(NULL);
+    }
+    if (number != 0) {
+        usleep(500000);
+        CHECK(kill(child, number) == 0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    return status;
+}
+
+/* Promise: a process ends with the last thread of its own, and by a signal before. */
+static void ended(void) {
+    CHECK(status_after_main(NULL, NULL, 0) == 0);
+    CHECK(status_after_main(outlive_main, NULL, 0) == 0);
+    CHECK(status_after_main(wait_for_ever, NULL, SIGTERM) == SIGTERM);
+    CHECK(status_after_main(NULL, be_slow_to_end, SIGTERM) == SIGTERM);
+}
+
+/* Read and write more than may be resident. */
+static void use_memory(void) {
+    enum { PAGES = 3 * 512 };
+    char *memory = malloc(PAGES * 4096);
+    CHECK(memory != NULL);
+    for (int round = 0; round < 2; round++) {
+        for (size_t i = 0; i < PAGES; i++) {
+            CHECK(round == 0 || memory[i * 4096] == (char)i);
+            memory[i * 4096] = (char)i;
+        }
+    }
+    free(memory);
+}
+
+/* Promise: a program has the descriptors that it would have, and may close and replace all of them. */
+static void descriptors(void) {
+    closefrom(3); /* what the test was started with */
+    for (int i = 3; i < 2000; i++) {
+        CHECK(close(i) == -1 && errno == EBADF);
+        CHECK(dup2(i, 3) == -1 && errno == EBADF);
+    }
+    use_memory();
+    int replaced = 0;
+    for (int i = 3; i < 1024; i++) { /* all but the one that is the emulator's */
+        replaced += (i % 2 == 0 ? dup2(2, i) : dup3(2, i, O_CLOEXEC)) == i;
+    }
+    CHECK(replaced == 1020);
+    use_memory();
+    CHECK(close_range(3, 1000, 0) == 0 && fcntl(1000, F_GETFD) == -1 && fcntl(1001, F_GETFD) != -1);
+    CHECK(close_range(5, 4, 0) == -1 && errno == EINVAL);
+    CHECK(close_range(1000, ~0u, 0) == 0 && fcntl(1001, F_GETFD) == -1);
+    closefrom(3);
+    use_memory();
+    int status;
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) { /* it has a descriptor of its own */
+        closefrom(3);
+        CHECK(dup2(2, 3) == 3);
+        use_memory();
+        _exit(0);
+    }
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    CHECK(open("/dev/null", O_RDONLY) == 3);
+}
+
 int main(int count, char **arguments) {
     const char *name = count > 1 ? arguments[1] : "";
     static const struct {
         const char *name;
         void (*run)(void);
-    } tests[] = {{"shadow", shadow}};
+    } tests[] = {{"shadow", shadow}, {"cancelled", cancelled}, {"locked", locked}, {"ended", ended}, {"descriptors", descriptors}};
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         if (strcmp(name, tests[i].name) == 0) {
             tests[i].run();
             return 0;
         }
     }
-    fprintf(stderr, "usage: preloaded shadow\n");
+    fprintf(stderr, "usage: preloaded shadow|cancelled|locked|ended|descriptors\n");
     return 2;
 }
