@@ -33,6 +33,15 @@ static void rounds(void) {
     CHECK(atomic_load(&stats->allocated_bytes) > 0);
     epc_unmap(memory + 4 * EPC_PAGE, 4 * EPC_PAGE + 8 * EPC_GRANULE);
     CHECK(atomic_load(&stats->allocated_bytes) == 0);
+
+    memory = epc_allocate(9 * EPC_GRANULE, 1, true); /* of a size class of 10 */
+    epc_unmap(memory + 8 * EPC_GRANULE, 2 * EPC_GRANULE); /* with what nobody asked for */
+    CHECK(atomic_load(&stats->allocated_bytes) > 0);
+    epc_unmap(memory, 8 * EPC_GRANULE);
+    CHECK(atomic_load(&stats->allocated_bytes) == 0);
+    memory = epc_allocate(9 * EPC_GRANULE, 1, true);
+    epc_unmap(memory, 10 * EPC_GRANULE);
+    CHECK(atomic_load(&stats->allocated_bytes) == 0);
 }
 
 /* Promise: a limit that the host lowers holds from then on. */
