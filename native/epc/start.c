@@ -104,7 +104,7 @@ static void reset_sums(void) {
     for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entry_ns; sum++) {
         atomic_store(sum, 0);
     }
-    EPC_SET(peak_resident_pages, epc.allocated);
+    EPC_SET(peak_resident_pages, EPC_GET(resident_pages));
     memset(epc.stats->threads, 0, sizeof epc.stats->threads);
 }
 
