@@ -13,7 +13,7 @@ from lasagna.tee import emulated
 from lasagna.tee.emulated import InsecureEmulatedBackend, choose_backend
 from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import profile
-from lasagna.tee.epc_stats import FIELDS, MAGIC, StatsFile
+from lasagna.tee.epc_stats import FIELDS, MAGIC, EpcStats, StatsFile
 from lasagna.tee.process import InsecureProcessBackend
 
 COSTS = profile("sgx1-128").costs()
@@ -78,6 +78,9 @@ async def test_what_can_not_be_as_in_an_enclave_is_logged_once(
             self.footprint = self
             self.hot_bytes = hot_bytes
             self.exceeds_limit = hot_bytes > 0
+
+        def stats(self) -> EpcStats:
+            return StatsFile(path).read()
 
         def observe(self) -> None:
             nonlocal rounds

@@ -14,7 +14,7 @@ from typing import Final
 from lasagna.tee.backend import EnclaveBackend, EnclaveSpec
 from lasagna.tee.epc import MIN_PAGES, emulator_environment, stats_folder, why_not
 from lasagna.tee.epc_profiles import Costs
-from lasagna.tee.epc_stats import StatsFile, above_charge, stats_path
+from lasagna.tee.epc_stats import above_charge, stats_path
 from lasagna.tee.footprint import OBSERVE_S, Footprint, Observer
 from lasagna.tee.process import ChildProcess, InsecureProcessBackend, enclave_arguments
 from lasagna.units import PAGE, Bytes, format_bytes
@@ -88,7 +88,7 @@ async def _observe(path: Path, limit_pages: int) -> None:
             if footprint is None:
                 continue
             if footprint is not told:
-                _tell_costs(path)
+                _tell_costs(path, footprint)
                 told, hot = footprint, Bytes(0)
             if footprint.hot_bytes != hot:
                 hot = footprint.hot_bytes
@@ -113,9 +113,9 @@ def _tell_footprint(path: Path, footprint: Footprint, limit_pages: int) -> None:
         )
 
 
-def _tell_costs(path: Path) -> None:
+def _tell_costs(path: Path, footprint: Footprint) -> None:
     """Say it when this machine can't emulate the platform at its speed."""
-    for operation, own_ns, charge_ns in above_charge(StatsFile(path).read()):
+    for operation, own_ns, charge_ns in above_charge(footprint.stats()):
         _log.warning(
             "enclave %s: %s takes %.1f us here, more than the %.1f us that the profile charges: "
             "it may run slower than it would in an enclave",

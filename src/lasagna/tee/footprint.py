@@ -19,7 +19,7 @@ from typing import Final
 
 from lasagna.errors import LasagnaError
 from lasagna.tee.epc import MIN_PAGES
-from lasagna.tee.epc_stats import StatsFile
+from lasagna.tee.epc_stats import EpcStats, StatsFile
 from lasagna.units import KIB, PAGE, Bytes
 
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...(.) \S+ \S+ \S+ *(.*)")
@@ -103,6 +103,10 @@ class Footprint:
     def exceeds_limit(self) -> bool:
         """Whether what is hot leaves less than the emulator's least, which it gets all the same."""
         return self._limit_pages - -(-self._hot // PAGE) < MIN_PAGES
+
+    def stats(self) -> EpcStats:
+        """The process's figures of this moment."""
+        return self._file.read()
 
     @property
     def outdated(self) -> bool:
