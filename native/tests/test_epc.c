@@ -49,12 +49,13 @@ static void check_all(const struct piece *pieces) {
     }
 }
 
-/* The most that can be resident: mapped pages and frames on probation, with the pager held still. */
+/* Mapped pages and frames on probation, with the pager held still: within the limit, and no more than
+ * the pager says. */
 static void check_limit(void) {
     before_fork();
-    uint64_t pages = resident(true);
+    uint64_t pages = resident(true), said = atomic_load(&stats->resident_pages);
     in_parent();
-    CHECK(pages <= LIMIT);
+    CHECK(pages > 0 && pages <= said && said <= LIMIT);
 }
 
 /* A child sees what its parent saw, and what it writes is its own. */
