@@ -20,20 +20,28 @@ static uint64_t latency_ns(void) {
     return EPC_GET(own_latency_ns);
 }
 
-static void note_fault(uint32_t tid, uint32_t pages, uint64_t spent) {
+/* The entry of a thread, or of those for which there is none. */
+static struct epc_thread_stats *entry_of(uint32_t tid) {
+    enum { OWN = EPC_STATS_THREADS - 1 };
     static uint32_t last;
     struct epc_thread_stats *threads = epc.stats->threads;
-    for (uint32_t tried = 0; tried < EPC_STATS_THREADS; tried++) {
-        struct epc_thread_stats *entry = &threads[(last + tried) % EPC_STATS_THREADS];
-        uint64_t owner = atomic_load_explicit(&entry->tid, memory_order_relaxed);
+    for (uint32_t tried = 0; tried < OWN; tried++) {
+        uint32_t place = (last + tried) % OWN;
+        uint64_t owner = atomic_load_explicit(&threads[place].tid, memory_order_relaxed);
         if (owner == 0 || owner == tid) {
-            last = (last + tried) % EPC_STATS_THREADS;
-            atomic_store_explicit(&entry->tid, tid, memory_order_relaxed);
-            atomic_fetch_add_explicit(&entry->faults, pages, memory_order_relaxed);
-            atomic_fetch_add_explicit(&entry->fault_ns, spent, memory_order_relaxed);
-            return;
+            last = place;
+            atomic_store_explicit(&threads[place].tid, tid, memory_order_relaxed);
+            return &threads[place];
         }
     }
+    atomic_store_explicit(&threads[OWN].tid, EPC_STATS_OTHERS, memory_order_relaxed);
+    return &threads[OWN];
+}
+
+static void note_fault(uint32_t tid, uint32_t pages, uint64_t spent) {
+    struct epc_thread_stats *entry = entry_of(tid);
+    atomic_fetch_add_explicit(&entry->faults, pages, memory_order_relaxed);
+    atomic_fetch_add_explicit(&entry->fault_ns, spent, memory_order_relaxed);
 }
 
 static void add_debt(uint64_t overrun) {
@@ -140,15 +148,25 @@ static void fill(struct batch *batch, struct epc_sealer *const *sealers) {
     }
 }
 
+/* Give neighbours to the program. Where the kernel has split the region, as it does when the program
+ * treats a part of it in a way that we don't know of, they may lie in two mappings: then one by one. */
+static void map_run(uint32_t number, const unsigned char (*contents)[EPC_PAGE], uint32_t run) {
+    size_t done = epc_uffd_copy(epc.uffd, epc_page_address(number), contents, run);
+    for (; done < run; done++) {
+        if (epc_uffd_copy(epc.uffd, epc_page_address(number + (uint32_t)done), contents[done],
+                          1) == 0) {
+            epc_die("a page can't be mapped");
+        }
+    }
+}
+
 /* Give the pages to the program. */
 static void map(const struct batch *batch) {
     for (uint32_t i = 0, run; i < batch->count; i += run) {
         uint32_t number = batch->sorted[i];
         for (run = 1; i + run < batch->count && batch->sorted[i + run] == number + run; run++) {
         }
-        if (epc_uffd_copy(epc.uffd, epc_page_address(number), epc.contents[i], run) != 0) {
-            epc_die("a page can't be mapped");
-        }
+        map_run(number, &epc.contents[i], run);
     }
 }
 
@@ -210,19 +228,20 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
  * charged for: a real enclave's fault waits for the reclaimer as well. Lock held, released meanwhile. */
 static enum page_state wait_for(uint32_t number) {
     struct timespec until = epc_patience();
-    bool counted = false;
+    uint64_t since = 0; /* when it began to wait for a frame */
     for (;;) {
         enum page_state state = epc.pages[number].state;
         if (state == PAGE_BUSY) {
             epc_wait(&epc.settled, &until, "a page was busy for a minute");
         } else if ((state == PAGE_ABSENT || state == PAGE_OUT) && epc_available() == 0) {
-            if (!counted) {
-                EPC_ADD(waits, 1);
-                counted = true;
-            }
+            since = since == 0 ? epc_now_ns() : since;
             pthread_cond_signal(&epc.work);
             epc_wait(&epc.freed, &until, "no page could be evicted for a minute: all are pinned");
         } else {
+            if (since != 0) {
+                EPC_ADD(waits, 1);
+                EPC_ADD(wait_ns, epc_now_ns() - since);
+            }
             return state;
         }
     }
@@ -230,6 +249,9 @@ static enum page_state wait_for(uint32_t number) {
 
 static void resolve(const struct epc_fault *fault, struct epc_sealer *const *sealers) {
     static uint32_t last = EPC_NONE, again;
+    if (!epc_contains((const void *)fault->address)) { /* frames are watched as well */
+        epc_die("the program touched memory that it was never given: the emulator's own");
+    }
     uint32_t number = (uint32_t)((fault->address - (uintptr_t)epc.region) / EPC_PAGE);
     pthread_mutex_lock(&epc.lock);
     switch (wait_for(number)) {

@@ -250,3 +250,19 @@ EXPORT int mprotect(void *address, size_t bytes, int protection) {
     }
     return 0;
 }
+
+/* Locked memory would never be evicted, and locking a part of the region would make the kernel split it.
+ * An enclave's operating system can't lock EPC pages either. */
+EXPORT int mlock(const void *address, size_t bytes) {
+    return epc_overlaps(address, bytes) ? 0 : (int)syscall(SYS_mlock, address, bytes);
+}
+
+EXPORT int mlock2(const void *address, size_t bytes, unsigned flags) {
+    return epc_overlaps(address, bytes) ? 0 : (int)syscall(SYS_mlock2, address, bytes, flags);
+}
+
+EXPORT int munlock(const void *address, size_t bytes) {
+    return epc_overlaps(address, bytes) ? 0 : (int)syscall(SYS_munlock, address, bytes);
+}
+
+EXPORT int mlockall(int flags) { return active ? 0 : (int)syscall(SYS_mlockall, flags); }

@@ -60,6 +60,25 @@ void epc_refuse_stack(void) {
     }
 }
 
+void epc_hold(struct epc_hold *before) {
+    epc_refuse_stack();
+    sigset_t all;
+    sigfillset(&all);
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before->cancelling);
+    pthread_sigmask(SIG_SETMASK, &all, &before->signals);
+    pthread_mutex_lock(&epc.lock);
+}
+
+void epc_restore(const struct epc_hold *before) {
+    pthread_sigmask(SIG_SETMASK, &before->signals, NULL);
+    pthread_setcancelstate(before->cancelling, NULL);
+}
+
+void epc_let_go(const struct epc_hold *before) {
+    pthread_mutex_unlock(&epc.lock);
+    epc_restore(before);
+}
+
 uint32_t epc_limit(void) {
     uint64_t limit = atomic_load_explicit(&epc.stats->limit_pages, memory_order_relaxed);
     return limit < EPC_MIN_PAGES ? EPC_MIN_PAGES
@@ -134,6 +153,14 @@ bool epc_contains(const void *address) {
            epc.region != NULL;
 }
 
+bool epc_overlaps(const void *address, size_t bytes) {
+    uintptr_t start = (uintptr_t)epc.region, end = start + epc.region_pages * EPC_PAGE;
+    return epc.region != NULL && (uintptr_t)address < end && bytes > 0 &&
+           (epc_contains(address) || bytes > start - (uintptr_t)address);
+}
+
+int epc_descriptor(void) { return epc.uffd; }
+
 /* Wait until no page of the range is in transition. Lock held, released meanwhile. */
 static void settle_range(size_t first, size_t count) {
     struct timespec until = epc_patience();
@@ -146,8 +173,8 @@ static void settle_range(size_t first, size_t count) {
 }
 
 void epc_drop(size_t first, size_t count) {
-    epc_refuse_stack();
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
     settle_range(first, count);
     uint32_t mapped = 0;
     for (size_t i = first; i < first + count; i++) {
@@ -171,7 +198,7 @@ void epc_drop(size_t first, size_t count) {
     }
     epc_note_levels();
     pthread_cond_broadcast(&epc.freed);
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
 }
 
 void epc_charge_entry(void) {
@@ -185,8 +212,9 @@ void epc_charge_entry(void) {
 }
 
 unsigned char *epc_backing_of_page(size_t page) {
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
     bool out = epc.pages[page].state == PAGE_OUT;
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
     return out ? epc_backing_address((uint32_t)page) : NULL;
 }

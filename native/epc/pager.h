@@ -44,6 +44,10 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
 char *epc_region(void);
 size_t epc_region_pages(void);
 bool epc_contains(const void *address);
+bool epc_overlaps(const void *address, size_t bytes);
+
+/* The descriptor that all depends on, which the program must not close; -1 before the start. */
+int epc_descriptor(void);
 
 /* Forget what the pages hold, wherever it is: they read as zero when touched again. Nobody may use
  * them meanwhile. */

@@ -3,6 +3,7 @@
 #define LASAGNA_EPC_PAGER_STATE_H
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <time.h>
@@ -91,6 +92,9 @@ void *epc_handle_faults(void *unused);
 /* The reclaimer thread. */
 void *epc_reclaim(void *unused);
 
+/* End the process if no thread of the program is left. For the reclaimer, now and then; without the lock. */
+void epc_end_if_alone(void);
+
 /* Note memory of the emulator in the statistics. */
 void epc_note_own(const void *start, size_t bytes);
 
@@ -102,6 +106,17 @@ struct timespec epc_patience(void);
 
 /* Wait, and end the process if that time comes. Lock held. */
 void epc_wait(pthread_cond_t *condition, const struct timespec *until, const char *what);
+
+/* The lock on a thread of the program's: no signal handler may run while it is held, since a handler could
+ * touch a page that nobody can bring then; and no cancellation, which would leave it locked. */
+struct epc_hold {
+    sigset_t signals; /* the thread's mask before */
+    int cancelling;
+};
+void epc_hold(struct epc_hold *before);
+void epc_let_go(const struct epc_hold *before);
+/* Its second half: when there is no lock to unlock. */
+void epc_restore(const struct epc_hold *before);
 
 /* End the process if this thread's stack is in the region: it could fault while it holds the lock. */
 void epc_refuse_stack(void);

@@ -155,7 +155,8 @@ static struct reclaimer new_reclaimer(void) {
 
 static void begin_work(struct reclaimer *self) { self->charged_until = self->last = epc_now_ns(); }
 
-/* Wait for work, but not for long: the host may have lowered the limit. Lock held. */
+/* Wait for work, but not for long: the host may have lowered the limit, or the program's last thread have
+ * ended. Lock held, released meanwhile. */
 static void wait_for_work(void) {
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
@@ -164,7 +165,11 @@ static void wait_for_work(void) {
         until.tv_nsec -= 1000000000;
         until.tv_sec++;
     }
-    pthread_cond_timedwait(&epc.work, &epc.lock, &until);
+    if (pthread_cond_timedwait(&epc.work, &epc.lock, &until) == ETIMEDOUT) {
+        pthread_mutex_unlock(&epc.lock);
+        epc_end_if_alone();
+        pthread_mutex_lock(&epc.lock);
+    }
 }
 
 void *epc_reclaim(void *unused) {
@@ -192,10 +197,11 @@ void *epc_reclaim(void *unused) {
 
 void epc_evict_all(void) {
     struct reclaimer self = new_reclaimer();
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
     begin_work(&self);
     while (evict_batch(&self)) {
     }
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
     epc_sealer_free(self.sealer);
 }

@@ -16,7 +16,8 @@ struct piece {
     uint32_t granules;  /* of its size class */
     uint32_t next_free; /* in the list of its class */
     _Atomic uint32_t asked; /* pages that were asked for */
-    uint32_t unmapped;  /* pages that munmap took */
+    uint32_t skipped;   /* pages before the first of them, for alignment */
+    uint32_t unmapped;  /* of those that were asked for: pages that munmap took */
     bool used;          /* it may hold what somebody left there */
     uint8_t class_of;
 };
@@ -96,6 +97,7 @@ void *epc_allocate(size_t bytes, size_t alignment, bool zeroed) {
     EPC_ADD(allocated_bytes, (uint64_t)size * EPC_GRANULE);
     uintptr_t start = (uintptr_t)address_of(piece);
     void *memory = (void *)(extra ? (start + alignment - 1) / alignment * alignment : start);
+    region.pieces[piece].skipped = (uint32_t)(((uintptr_t)memory - start) / EPC_PAGE);
     if (zeroed && used) { /* as an enclave of SGX1 has to: its memory was never given back */
         memset(memory, 0, (bytes + EPC_PAGE - 1) / EPC_PAGE * EPC_PAGE);
     }
@@ -139,27 +141,38 @@ void epc_clear(void *address, size_t bytes) {
     }
 }
 
+/* Take these pages of a piece: how many of them were asked for and not taken before. The rest of its size
+ * class was never anybody's. Lock held. */
+static uint32_t take(uint32_t piece, uint32_t first, uint32_t stop) {
+    const struct piece *entry = &region.pieces[piece];
+    uint32_t begin = piece * PAGES_OF_GRANULE + entry->skipped, taken = 0;
+    uint32_t end = begin + atomic_load_explicit(&entry->asked, memory_order_relaxed);
+    for (uint32_t page = first > begin ? first : begin; page < stop && page < end; page++) {
+        taken += !epc.pages[page].unmapped;
+        epc.pages[page].unmapped = 1;
+    }
+    return taken;
+}
+
 void epc_unmap(void *address, size_t bytes) {
     uint32_t first = (uint32_t)(((char *)address - epc_region()) / EPC_PAGE);
-    uint32_t end = first + (uint32_t)((bytes + EPC_PAGE - 1) / EPC_PAGE);
-    end = end < epc_region_pages() ? end : (uint32_t)epc_region_pages();
+    size_t after = first + (bytes + EPC_PAGE - 1) / EPC_PAGE;
+    uint32_t end = (uint32_t)(after < epc_region_pages() ? after : epc_region_pages());
     pthread_mutex_lock(&region.lock);
     while (first < end) { /* piece by piece */
-        uint32_t piece = piece_of(first / PAGES_OF_GRANULE), taken = 0;
+        uint32_t piece = piece_of(first / PAGES_OF_GRANULE);
         struct piece *entry = &region.pieces[piece];
-        uint32_t stop = (piece + entry->granules) * PAGES_OF_GRANULE;
         if (entry->granules == 0) {
             break; /* nobody has ever allocated this */
         }
-        for (; first < end && first < stop; first++) {
-            taken += !epc.pages[first].unmapped;
-            epc.pages[first].unmapped = 1;
-        }
+        uint32_t after_piece = (piece + entry->granules) * PAGES_OF_GRANULE;
+        uint32_t taken = take(piece, first, end < after_piece ? end : after_piece);
         entry->unmapped += taken;
         if (taken > 0 && entry->unmapped ==
                              atomic_load_explicit(&entry->asked, memory_order_relaxed)) {
             release_piece(piece);
         }
+        first = after_piece;
     }
     pthread_mutex_unlock(&region.lock);
 }

@@ -100,6 +100,14 @@ static void touch(size_t first, size_t count, uint64_t *times) {
     }
 }
 
+static void reset_sums(void) {
+    for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entry_ns; sum++) {
+        atomic_store(sum, 0);
+    }
+    EPC_SET(peak_resident_pages, EPC_GET(resident_pages));
+    memset(epc.stats->threads, 0, sizeof epc.stats->threads);
+}
+
 /* What this machine takes for a load and an eviction, so that a charge adds the difference only. */
 static void calibrate(const struct epc_costs *costs) {
     enum { COUNT = 64, ROUNDS = 5 };
@@ -122,10 +130,7 @@ static void calibrate(const struct epc_costs *costs) {
     pthread_mutex_unlock(&epc.lock);
     EPC_SET(own_latency_ns, whole_ns > inside_ns ? whole_ns - inside_ns : 0);
     EPC_SET(own_load_ns, inside_ns);
-    for (epc_counter *sum = &epc.stats->added; sum <= &epc.stats->entries; sum++) {
-        atomic_store(sum, 0);
-    }
-    memset(epc.stats->threads, 0, sizeof epc.stats->threads);
+    reset_sums();
     EPC_SET(charge_load_ns, costs->load_ns);
     EPC_SET(charge_add_ns, costs->add_ns);
     EPC_SET(charge_evict_ns, costs->evict_ns);
@@ -175,9 +180,12 @@ bool epc_pager_start(const struct epc_config *config, struct epc_stats *stats, c
     return true;
 }
 
+static struct epc_hold before_fork; /* of the thread that forks: guarded by the lock, which it has */
+
 void epc_before_fork(void) {
-    epc_refuse_stack();
-    pthread_mutex_lock(&epc.lock);
+    struct epc_hold before;
+    epc_hold(&before);
+    before_fork = before;
     epc.forking = true;
     struct timespec until = epc_patience();
     while (epc.busy > 0) {
@@ -187,17 +195,21 @@ void epc_before_fork(void) {
 }
 
 void epc_after_fork_in_parent(void) {
+    struct epc_hold before = before_fork;
     pthread_cond_broadcast(&epc.settled);
-    pthread_mutex_unlock(&epc.lock);
+    epc_let_go(&before);
 }
 
 void epc_after_fork_in_child(struct epc_stats *stats) {
     char reason[200];
-    close(epc.uffd);
+    epc_uffd_close(epc.uffd);
     init_lock();
     uint64_t limit = epc_limit();
     memcpy(stats, epc.stats, sizeof *stats);
+    atomic_store(&stats->magic, 0); /* until the figures are the child's */
     publish(stats, limit);
+    reset_sums(); /* so that a sum over processes counts nothing twice */
+    epc.debt_ns = 0;
     if (epc.key_count == EPC_KEYS) {
         epc_die("too many generations of forked processes; start the program anew");
     }
@@ -208,4 +220,6 @@ void epc_after_fork_in_child(struct epc_stats *stats) {
     if (epc.uffd < 0 || !watch() || !start_threads()) {
         epc_die("the forked process can't watch its memory");
     }
+    atomic_store(&stats->magic, EPC_STATS_MAGIC);
+    epc_restore(&before_fork);
 }

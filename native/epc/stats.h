@@ -14,8 +14,11 @@
 
 typedef _Atomic uint64_t epc_counter;
 
+/* The last entry of the table is for all threads that found no other. */
+#define EPC_STATS_OTHERS UINT32_MAX
+
 struct epc_thread_stats {
-    epc_counter tid;      /* of the thread that faulted; 0: entry is free */
+    epc_counter tid;      /* of the thread that faulted; 0: entry is free; or EPC_STATS_OTHERS */
     epc_counter faults;   /* pages loaded or added for it */
     epc_counter fault_ns; /* from taking the fault up to resolving it, charge included */
 };
@@ -41,19 +44,20 @@ struct epc_stats {
     epc_counter allocated_bytes;
     epc_counter peak_resident_pages;
     /* Sums since the start. */
-    epc_counter added;       /* first touches */
+    epc_counter added;       /* first touches; the first of the sums */
     epc_counter loaded;      /* decrypted and checked */
     epc_counter ahead;       /* of added and loaded: with the fault of another page */
     epc_counter evicted;     /* encrypted */
     epc_counter second_chances; /* touched while on probation: kept */
     epc_counter waits;       /* faults that found no free frame */
+    epc_counter wait_ns;     /* that they waited for the reclaimer; not in load_ns, and not made good */
     epc_counter load_ns;     /* of faulting threads, own latency included */
     epc_counter evict_ns;    /* of the reclaimer */
     epc_counter late_loads;  /* own cost was above the charge */
     epc_counter late_evicts;
     epc_counter unpaid_ns;   /* of late loads: what later ones could not make good */
     epc_counter entries;     /* enclave transitions that were charged: entry and exit are one */
-    epc_counter entry_ns;    /* what they were charged */
+    epc_counter entry_ns;    /* what they were charged; the last of the sums */
     /* The emulator's own memory, which no enclave would have: its frames, backing store and tables.
      * Who measures the process's footprint leaves it out, and the region. */
     epc_counter own_start[EPC_STATS_RANGES];

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -29,6 +30,25 @@ struct uffdio_move {
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+/* Programs expect the lowest number that is free, and close what they do not know: so ours is high, but
+ * not so high that the kernel's table grows much. */
+#define HIGH 1024
+
+void epc_uffd_close(int uffd) {
+    syscall(SYS_close, uffd); /* `close` is ours, and protects it */
+}
+
+static int out_of_the_way(int uffd) {
+    struct rlimit room;
+    int end = getrlimit(RLIMIT_NOFILE, &room) == 0 && room.rlim_cur < HIGH ? (int)room.rlim_cur : HIGH;
+    int moved = fcntl(uffd, F_DUPFD_CLOEXEC, end - 1);
+    if (moved < 0) {
+        return uffd; /* that number is taken and the limit leaves no higher one */
+    }
+    epc_uffd_close(uffd);
+    return moved;
+}
+
 static int new_descriptor(void) {
     int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
     if (uffd >= 0 || errno != EPERM) {
@@ -40,7 +60,7 @@ static int new_descriptor(void) {
         return -1;
     }
     uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC);
-    close(device);
+    epc_uffd_close(device);
     return uffd;
 }
 
@@ -57,10 +77,10 @@ int epc_uffd_open(char *reason, size_t reason_size) {
                              .features = UFFD_FEATURE_THREAD_ID | UFFD_FEATURE_MOVE};
     if (ioctl(uffd, UFFDIO_API, &api) != 0) {
         snprintf(reason, reason_size, "userfaultfd lacks UFFDIO_MOVE: Linux 6.8 or newer is needed");
-        close(uffd);
+        epc_uffd_close(uffd);
         return -1;
     }
-    return uffd;
+    return out_of_the_way(uffd);
 }
 
 bool epc_uffd_register(int uffd, void *start, size_t bytes) {
@@ -111,7 +131,7 @@ size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages) {
     return done;
 }
 
-int epc_uffd_copy(int uffd, void *to, const void *from, size_t pages) {
+size_t epc_uffd_copy(int uffd, void *to, const void *from, size_t pages) {
     size_t done = 0, bytes = pages * EPC_PAGE;
     while (done < bytes) {
         struct uffdio_copy copy = {.dst = (uintptr_t)to + done,
@@ -121,10 +141,10 @@ int epc_uffd_copy(int uffd, void *to, const void *from, size_t pages) {
         if (copy.copy > 0) {
             done += (size_t)copy.copy;
         } else if (failed != 0 && errno != EAGAIN) {
-            return errno;
+            break;
         }
     }
-    return 0;
+    return done / EPC_PAGE;
 }
 
 void epc_uffd_wake(int uffd, void *page) {

@@ -13,6 +13,7 @@ struct epc_fault {
 
 /* Open; -1 and a reason when the kernel lacks it or forbids it. */
 int epc_uffd_open(char *reason, size_t reason_size);
+void epc_uffd_close(int uffd);
 bool epc_uffd_register(int uffd, void *start, size_t bytes);
 
 /* Wait for faults; at most `room` of them. Returns how many, 0 when interrupted. */
@@ -23,8 +24,9 @@ size_t epc_uffd_read(int uffd, struct epc_fault *faults, size_t room);
  * move; EBUSY, the kernel holds it elsewhere too. */
 size_t epc_uffd_move(int uffd, void *to, void *from, size_t pages);
 
-/* Map new pages with copies of this content, and wake who waits for them; 0 or an error. */
-int epc_uffd_copy(int uffd, void *to, const void *from, size_t pages);
+/* Map new pages with copies of this content, and wake who waits for them. Returns how many were mapped.
+ * Fewer than asked for: errno says why the next one was not. */
+size_t epc_uffd_copy(int uffd, void *to, const void *from, size_t pages);
 
 /* Let who waits for this page try again. */
 void epc_uffd_wake(int uffd, void *page);

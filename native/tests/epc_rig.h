@@ -45,7 +45,8 @@ static inline void in_parent(void) {
 }
 
 static inline void in_child(void) {
-    epc_after_fork_in_child(shared_stats());
+    stats = shared_stats();
+    epc_after_fork_in_child(stats);
     epc_region_after_fork();
 }
 

@@ -1,8 +1,10 @@
 /* The pager under torture and under attack:
- *   test_epc shadow [fork]|syscalls|tampered|replayed */
+ *   test_epc shadow [fork]|syscalls|tampered|replayed|astray */
 #define _GNU_SOURCE
+#include <sys/socket.h>
 #include <sys/wait.h>
 
+#include "epc/pager_state.h"
 #include "epc_rig.h"
 
 #define THREADS 4
@@ -47,6 +49,15 @@ static void check_all(const struct piece *pieces) {
     }
 }
 
+/* Mapped pages and frames on probation, with the pager held still: within the limit, and no more than
+ * the pager says. */
+static void check_limit(void) {
+    before_fork();
+    uint64_t pages = resident(true), said = atomic_load(&stats->resident_pages);
+    in_parent();
+    CHECK(pages > 0 && pages <= said && said <= LIMIT);
+}
+
 /* A child sees what its parent saw, and what it writes is its own. */
 static void fork_once(struct piece *pieces, uint64_t *random) {
     pid_t child = fork();
@@ -89,7 +100,7 @@ static void *torture(void *number) {
             fork_once(pieces, &random);
         }
         if (step % 50 == 0) {
-            CHECK(resident(false) <= LIMIT);
+            check_limit();
         }
     }
     check_all(pieces);
@@ -117,26 +128,49 @@ static void shadow(void) {
     CHECK(resident(false) == 0);
 }
 
-/* Promise: system calls may be given memory that is evicted. */
-static void syscalls(void) {
-    enum { BYTES = 1 << 20 };
+static ssize_t write_it(int file, const void *memory, size_t bytes) {
+    return write(file, memory, bytes);
+}
+static ssize_t read_it(int file, void *memory, size_t bytes) { return read(file, memory, bytes); }
+static ssize_t send_it(int file, const void *memory, size_t bytes) {
+    return send(file, memory, bytes, 0);
+}
+static ssize_t receive_it(int file, void *memory, size_t bytes) {
+    return recv(file, memory, bytes, 0);
+}
+
+/* Through here and there, all of it from and into pages that are evicted. */
+static void transfer(int here, int there, ssize_t (*put)(int, const void *, size_t),
+                     ssize_t (*get)(int, void *, size_t)) {
+    enum { BYTES = 1 << 20, PART = 32768 };
     unsigned char *memory = epc_allocate(BYTES, 1, true), *copy = epc_allocate(BYTES, 1, true);
-    int ends[2];
-    CHECK(memory != NULL && copy != NULL && pipe(ends) == 0);
+    CHECK(memory != NULL && copy != NULL);
     for (size_t i = 0; i < BYTES; i++) {
         memory[i] = (unsigned char)(i * 7 + i / 4096);
     }
-    for (size_t done = 0; done < BYTES; done += 32768) {
+    for (size_t done = 0; done < BYTES; done += PART) {
         epc_evict_all();
-        CHECK(write(ends[1], memory + done, 32768) == 32768);
+        CHECK(put(there, memory + done, PART) == PART);
         epc_evict_all();
-        for (size_t got = 0; got < 32768;) {
-            ssize_t part = read(ends[0], copy + done + got, 32768 - got);
+        for (size_t got = 0; got < PART;) {
+            ssize_t part = get(here, copy + done + got, PART - got);
             CHECK(part > 0);
             got += (size_t)part;
         }
     }
     CHECK(memcmp(memory, copy, BYTES) == 0);
+    epc_release(memory);
+    epc_release(copy);
+}
+
+/* Promise: system calls may be given memory that is evicted. */
+static void syscalls(void) {
+    int ends[2], stream[2], packets[2];
+    CHECK(pipe(ends) == 0 && socketpair(AF_UNIX, SOCK_STREAM, 0, stream) == 0 &&
+          socketpair(AF_UNIX, SOCK_SEQPACKET, 0, packets) == 0);
+    transfer(ends[0], ends[1], write_it, read_it);
+    transfer(stream[0], stream[1], send_it, receive_it);
+    transfer(packets[0], packets[1], send_it, receive_it);
 }
 
 /* What a child does that must end with SIGABRT and these words on stderr. */
@@ -198,6 +232,9 @@ static void replay(void) {
     touch(page);
 }
 
+/* A pointer that went astray. */
+static void touch_a_frame(void) { (void)*(volatile char *)epc_slot_address(1); }
+
 int main(int count, char **arguments) {
     const char *name = count > 1 ? arguments[1] : "";
     if (strcmp(name, "tampered") == 0) {
@@ -208,6 +245,10 @@ int main(int count, char **arguments) {
         must_abort(replay, "backing store was modified");
         return 0;
     }
+    if (strcmp(name, "astray") == 0) {
+        must_abort(touch_a_frame, "memory that it was never given");
+        return 0;
+    }
     start();
     if (strcmp(name, "shadow") == 0) {
         with_fork = count > 2 && strcmp(arguments[2], "fork") == 0;
@@ -215,7 +256,7 @@ int main(int count, char **arguments) {
     } else if (strcmp(name, "syscalls") == 0) {
         syscalls();
     } else {
-        fprintf(stderr, "usage: test_epc shadow [fork]|syscalls|tampered|replayed\n");
+        fprintf(stderr, "usage: test_epc shadow [fork]|syscalls|tampered|replayed|astray\n");
         return 2;
     }
     return 0;

@@ -1,7 +1,8 @@
 /* What the pager does with memory that comes and goes:
- *   test_epc_memory rounds|lowered|cleared|ahead */
+ *   test_epc_memory rounds|lowered|cleared|ahead|split */
 #define _GNU_SOURCE
 #include <sched.h>
+#include <sys/syscall.h>
 
 #include "epc_rig.h"
 
@@ -31,6 +32,15 @@ static void rounds(void) {
     epc_unmap(memory, 4 * EPC_PAGE); /* again: nothing more is gone */
     CHECK(atomic_load(&stats->allocated_bytes) > 0);
     epc_unmap(memory + 4 * EPC_PAGE, 4 * EPC_PAGE + 8 * EPC_GRANULE);
+    CHECK(atomic_load(&stats->allocated_bytes) == 0);
+
+    memory = epc_allocate(9 * EPC_GRANULE, 1, true); /* of a size class of 10 */
+    epc_unmap(memory + 8 * EPC_GRANULE, 2 * EPC_GRANULE); /* with what nobody asked for */
+    CHECK(atomic_load(&stats->allocated_bytes) > 0);
+    epc_unmap(memory, 8 * EPC_GRANULE);
+    CHECK(atomic_load(&stats->allocated_bytes) == 0);
+    memory = epc_allocate(9 * EPC_GRANULE, 1, true);
+    epc_unmap(memory, 10 * EPC_GRANULE);
     CHECK(atomic_load(&stats->allocated_bytes) == 0);
 }
 
@@ -107,12 +117,30 @@ static void ahead(void) {
     }
 }
 
+/* Promise: pages come and go as ever where the kernel has split the region into several mappings. */
+static void split(void) {
+    enum { PAGES = 4 * LIMIT };
+    char *memory = epc_allocate(PAGES * EPC_PAGE, 1, false);
+    for (size_t i = 3; i < PAGES; i += 50) { /* by any call that we don't replace */
+        CHECK(syscall(SYS_madvise, memory + i * EPC_PAGE, 5 * EPC_PAGE, MADV_DONTDUMP) == 0);
+    }
+    for (int round = 0; round < 3; round++) {
+        for (size_t i = 0; i < PAGES; i++) {
+            CHECK(round == 0 || memory[i * EPC_PAGE] == (char)i);
+            memory[i * EPC_PAGE] = (char)i;
+        }
+    }
+    CHECK(atomic_load(&stats->ahead) > PAGES);
+    epc_clear(memory, PAGES * EPC_PAGE);
+    CHECK(memory[0] == 0 && memory[(PAGES - 1) * EPC_PAGE] == 0);
+}
+
 int main(int count, char **arguments) {
     const char *name = count > 1 ? arguments[1] : "";
     static const struct {
         const char *name;
         void (*run)(void);
-    } tests[] = {{"rounds", rounds}, {"lowered", lowered}, {"cleared", cleared}, {"ahead", ahead}};
+    } tests[] = {{"rounds", rounds}, {"lowered", lowered}, {"cleared", cleared}, {"ahead", ahead}, {"split", split}};
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         if (strcmp(name, tests[i].name) == 0) {
             start();
@@ -120,6 +148,6 @@ int main(int count, char **arguments) {
             return 0;
         }
     }
-    fprintf(stderr, "usage: test_epc_memory rounds|lowered|cleared|ahead\n");
+    fprintf(stderr, "usage: test_epc_memory rounds|lowered|cleared|ahead|split\n");
     return 2;
 }

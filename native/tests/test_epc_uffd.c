@@ -52,7 +52,7 @@ int main(void) {
     CHECK(epc_uffd_register(uffd, here, PAGES * EPC_PAGE));
     CHECK(epc_uffd_register(uffd, there, PAGES * EPC_PAGE));
     static const unsigned char zeros[PAGES * EPC_PAGE];
-    CHECK(epc_uffd_copy(uffd, here, zeros, PAGES) == 0);
+    CHECK(epc_uffd_copy(uffd, here, zeros, PAGES) == PAGES);
     pthread_t toucher, observer;
     CHECK(pthread_create(&toucher, NULL, touch, NULL) == 0);
     CHECK(pthread_create(&observer, NULL, forget_touches, NULL) == 0);

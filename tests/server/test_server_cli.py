@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from tests.server import serving as serving_module
 from tests.server.conftest import INPUT, NAME, OUTPUT, Array, Model
 from tests.server.rig import noise
 from tests.server.serving import SOON, Asking, Server, lasagna, lasagna_process, local, serving
@@ -300,3 +302,25 @@ def test_an_enclave_in_an_emulated_epc_answers_and_its_footprint_is_deducted(
         code=2,
     )
     assert "100 MB is more than the EPC of sgx1-128, 98.0 MB" in refused.stderr
+
+
+SERVE_ON_AN_OLD_KERNEL = """
+import lasagna.tee.emulated
+lasagna.tee.emulated.why_not = lambda: "Linux 6.8 or newer is needed"
+from lasagna.cli.main import app
+app()
+"""
+
+
+def test_without_the_emulator_serve_says_so_and_serves(
+    model: Model, image: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_module, "COMMAND", [sys.executable, "-c", SERVE_ON_AN_OLD_KERNEL])
+    emulated = ("--insecure-emulate-epc", "sgx1-128")
+    with serving(model.package, *local(model, tmp_path), *emulated) as server:
+        assert "backend insecure-process: an EMULATED" in server.said
+        assert "no EPC is emulated" in server.said
+        assert "not limited: Linux 6.8 or newer is needed" in server.said
+        with server.client() as client:
+            answer = client.infer(NAME, {INPUT: image})[OUTPUT]
+            np.testing.assert_allclose(answer, model.expected({INPUT: image}), rtol=1e-4)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_a_child_dies_with_its_host(number: signal.Signals) -> None:
 def test_who_is_late_to_be_watched_ends_at_once() -> None:
     script = source_root() / "tee" / "die_with_host.py"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", script, "1", sys.executable, "-c", SLEEP],
+        [sys.executable, "-I", "-S", script, "1", "--", sys.executable, "-c", SLEEP],
         capture_output=True,
         text=True,
         check=False,
@@ -137,6 +138,25 @@ def test_who_is_late_to_be_watched_ends_at_once() -> None:
     )
     assert done.returncode == 1
     assert done.stderr == "the host has died already\n"
+
+
+async def test_variables_are_for_the_program_and_not_for_what_watches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    create = asyncio.create_subprocess_exec
+
+    async def note(*arguments: str, **options: Any) -> asyncio.subprocess.Process:
+        given.append(options["env"])
+        return await create(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", note)
+    script = "import os, sys; print(os.environ['LASAGNA_EPC'], file=sys.stderr)"
+    variables = {"LASAGNA_EPC": "limit_pages=300,keep=0"}
+    child = await ChildProcess.start("child", ("-c", script), environment=variables)
+    assert await child.wait() == 0
+    assert child.last_words == "limit_pages=300,keep=0"
+    assert "LASAGNA_EPC" not in given[0]
 
 
 async def test_an_enclave_without_a_host_ends_with_a_reason(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_numpy_with_threads_and_fork_computes_the_same_in_16_mb() -> None:
     assert report["pages_loaded"] > 40 * MIB // PAGE
     assert report["pages_evicted"] > 0
     assert report["transitions"] > 0
+    brought = report["pages_added"] + report["pages_loaded"]
+    assert sum(thread["pages"] for thread in report["threads"]) == brought
+    assert len(report["threads"]) > 5
+    assert (report["waited_for_a_frame_s"] > 0) == (report["faults_that_waited_for_a_frame"] > 0)
 
 
 def test_a_limit_that_suffices_causes_no_load() -> None:
@@ -121,4 +125,7 @@ def test_top_shows_a_running_program() -> None:
         runner.communicate(b"\n", timeout=TIMEOUT_S)
     assert runner.returncode == 0
     assert all(counters["limit_pages"] == 23_936 for counters in listed.values())
+    for counters in listed.values():
+        brought = counters["added"] + counters["loaded"]
+        assert sum(thread["pages"] for thread in counters["threads"]) == brought
     assert not [f for f in processes(Path(stats_folder())) if f.path.stem in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,11 +19,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.errors import LasagnaError, UsageError
-from lasagna.tee.epc import CANNOT_START, emulator_environment, stats_folder
+from lasagna.errors import UsageError
+from lasagna.tee.epc import CANNOT_START, MIN_PAGES, emulator_environment, stats_folder
 from lasagna.tee.epc_profiles import ENDS, End, profile, profiles
-from lasagna.tee.epc_stats import EpcStats, StatsFile, processes, stats_path
-from lasagna.tee.footprint import OBSERVE_S, Footprint
+from lasagna.tee.epc_stats import OTHERS, EpcStats, StatsFile, processes, stats_path
+from lasagna.tee.footprint import OBSERVE_S, Footprint, Observer
 from lasagna.units import PAGE, format_bytes, parse_bytes
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="Run any program with an enclave's memory limit, and watch it page.",
 )
 WARNING: Final = "emulated EPC: real page traffic, charged as published; it protects nothing"
+_THREADS_SHOWN: Final = 8
 NOT_FOUND: Final = 127
 NOT_RUNNABLE: Final = 126
 
@@ -76,16 +78,16 @@ def run(
     signal.signal(signal.SIGTERM, pass_on)
     path = stats_path(folder, child.pid)
     limit_pages = costs.limit_pages if pages is None else pages
-    footprint: Footprint | None = None
+    observer = Observer(path, limit_pages)
     while (status := _wait(child)) is None:
-        footprint = _observe(footprint, path, limit_pages)
+        with contextlib.suppress(OSError):  # it is about to end
+            observer.observe()
     seconds = time.perf_counter() - begin
     if status != CANNOT_START and not path.exists():
         raise _Failed(f"{command[0]} ran without the emulator: see above", CANNOT_START)
     if status != CANNOT_START:
-        hot = footprint.hot_bytes if footprint is not None else 0
-        facts = summary(StatsFile(path).read(), seconds, limit_pages, hot or None)
-        _report(facts, as_json=as_json)
+        facts = summary(StatsFile(path).read(), seconds, limit_pages, observer.footprint)
+        print_report(facts, as_json=as_json)
     path.unlink(missing_ok=True)
     raise typer.Exit(status if status >= 0 else 128 - status)
 
@@ -96,20 +98,6 @@ def _wait(child: subprocess.Popen[bytes]) -> int | None:
         return child.wait(OBSERVE_S)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _observe(footprint: Footprint | None, path: Path, limit_pages: int) -> Footprint | None:
-    """Deduct from the limit what the program uses outside the emulated region."""
-    try:
-        if footprint is not None:
-            footprint.deduct()
-        elif (file := StatsFile(path)).started:
-            footprint = Footprint(file, limit_pages)
-        if footprint is not None:
-            footprint.begin()
-    except (OSError, LasagnaError):
-        pass  # it is about to begin, or to end
-    return footprint
 
 
 class _Failed(typer.Exit):
@@ -128,7 +116,7 @@ def _end(text: str) -> End:
 
 
 def summary(
-    stats: EpcStats, seconds: float, limit_pages: int, hot: int | None
+    stats: EpcStats, seconds: float, limit_pages: int, footprint: Footprint | None
 ) -> Mapping[str, object]:
     """What a program did in the EPC, for people and for JSON.
 
@@ -136,22 +124,26 @@ def summary(
         stats: of its process, at its end.
         seconds: that it ran.
         limit_pages: that all of it might have resident.
-        hot: bytes that it used outside the emulated region; None if it ended too soon to be
-            measured.
+        footprint: what it used outside the emulated region; None, or nothing in it, if it ended too
+            soon to be measured.
     """
+    measured = footprint if footprint is not None and footprint.hot_bytes else None
     latency = stats["own_latency_ns"] + stats["own_load_ns"]
     return {
         "emulated": True,
         "seconds": seconds,
         "limit_bytes": limit_pages * PAGE,
         "peak_resident_bytes": stats["peak_resident_pages"] * PAGE,
-        "hot_outside_and_deducted_bytes": hot,
+        "hot_outside_and_deducted_bytes": measured and measured.hot_bytes,
+        "resident_outside_bytes": measured and measured.resident_bytes,
+        "hot_outside_exceeds_the_limit": measured is not None and measured.exceeds_limit,
         "pages_added": stats["added"],
         "pages_loaded": stats["loaded"],
         "pages_brought_ahead": stats["ahead"],
         "pages_evicted": stats["evicted"],
         "second_chances": stats["second_chances"],
         "faults_that_waited_for_a_frame": stats["waits"],
+        "waited_for_a_frame_s": stats["wait_ns"] / 1e9,
         "paging_s": stats["load_ns"] / 1e9,
         "reclaimer_s": stats["evict_ns"] / 1e9,
         "transitions": stats["entries"],
@@ -163,16 +155,30 @@ def summary(
         "loads_above_their_charge": stats["late_loads"],
         "evictions_above_their_charge": stats["late_evicts"],
         "not_made_good_s": stats["unpaid_ns"] / 1e9,
+        "threads": _threads(stats),
     }
 
 
-def _report(facts: Mapping[str, object], *, as_json: bool) -> None:
+def _threads(stats: EpcStats) -> list[dict[str, object]]:
+    """What each thread waited for, most first; its id is None for those that share an entry."""
+    return [
+        {
+            "tid": None if thread.tid == OTHERS else thread.tid,
+            "pages": thread.faults,
+            "paging_s": thread.fault_ns / 1e9,
+        }
+        for thread in sorted(stats.threads, key=lambda thread: -thread.faults)
+    ]
+
+
+def print_report(facts: Mapping[str, object], *, as_json: bool) -> None:
+    """Print what :func:`summary` says, on standard error."""
     if as_json:
         typer.echo(msgspec.json.encode(facts).decode(), err=True)
         return
     table = Table(title=Text(WARNING), title_justify="left", show_header=False)
     for name, value in facts.items():
-        if name == "emulated":
+        if name == "threads" or isinstance(value, bool):
             continue
         shown = f"{value:,}" if isinstance(value, int) else f"{value or 0.0:.3f}"
         if value is None:
@@ -181,8 +187,26 @@ def _report(facts: Mapping[str, object], *, as_json: bool) -> None:
             shown = format_bytes(value)
         label = name.removesuffix("_bytes").replace("_s", " s") if name.endswith("_s") else name
         table.add_row(label.removesuffix("_bytes").replace("_", " "), shown)
+    threads = facts["threads"]
+    assert isinstance(threads, list)
+    for thread in threads[:_THREADS_SHOWN]:
+        name = "other threads" if thread["tid"] is None else f"thread {thread['tid']}"
+        table.add_row(name, f"{thread['pages']:,} pages, {thread['paging_s']:.3f} s")
+    if len(threads) > _THREADS_SHOWN:
+        table.add_row("more threads", f"{len(threads) - _THREADS_SHOWN} (--json lists them)")
     console = Console(stderr=True)
     console.print(table)
+    _print_notes(console, facts)
+
+
+def _print_notes(console: Console, facts: Mapping[str, object]) -> None:
+    if facts["hot_outside_exceeds_the_limit"]:
+        console.print(
+            "note: what is hot outside the emulated region does not fit into the limit; the "
+            f"program paged in {format_bytes(MIN_PAGES * PAGE)}, the least that the emulator can "
+            "do with, so it had more memory than the limit",
+            style="yellow",
+        )
     late, loads, added = (
         facts[name] for name in ("loads_above_their_charge", "pages_loaded", "pages_added")
     )
@@ -206,7 +230,10 @@ def top(
     """Show what all emulated processes of yours do, once a second. Ctrl-C ends it."""
     folder = stats_folder()
     if as_json:
-        found = {file.path.stem: file.read().counters for file in processes(folder)}
+        found = {
+            str(pid): {**stats.counters, "threads": _threads(stats)}
+            for pid, stats in _sample(folder).items()
+        }
         typer.echo(msgspec.json.encode(found).decode())
         return
     console = Console()

@@ -11,14 +11,13 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from lasagna.errors import LasagnaError
 from lasagna.tee.backend import EnclaveBackend, EnclaveSpec
-from lasagna.tee.epc import emulator_environment, stats_folder, why_not
+from lasagna.tee.epc import MIN_PAGES, emulator_environment, stats_folder, why_not
 from lasagna.tee.epc_profiles import Costs
-from lasagna.tee.epc_stats import StatsFile, stats_path
-from lasagna.tee.footprint import OBSERVE_S, Footprint
+from lasagna.tee.epc_stats import above_charge, stats_path
+from lasagna.tee.footprint import OBSERVE_S, Footprint, Observer
 from lasagna.tee.process import ChildProcess, InsecureProcessBackend, enclave_arguments
-from lasagna.units import format_bytes
+from lasagna.units import PAGE, Bytes, format_bytes
 
 _log: Final = logging.getLogger(__name__)
 
@@ -78,34 +77,53 @@ class EmulatedEnclave(ChildProcess):
 
 
 async def _observe(path: Path, limit_pages: int) -> None:
-    footprint: Footprint | None = None
+    observer = Observer(path, limit_pages)
+    told: Footprint | None = None  # whose costs have been told
+    hot = Bytes(0)
     try:
         while True:
             await asyncio.sleep(OBSERVE_S)
+            await asyncio.to_thread(observer.observe)
+            footprint = observer.footprint
             if footprint is None:
-                footprint = _started(path, limit_pages)
-            else:
-                before = footprint.hot_bytes
-                await asyncio.to_thread(footprint.deduct)
-                if footprint.hot_bytes != before:
-                    _log.info(
-                        "enclave %s: %s hot outside the emulated region, deducted from its limit",
-                        path.stem,
-                        format_bytes(footprint.hot_bytes),
-                    )
-            if footprint is not None:
-                await asyncio.to_thread(footprint.begin)
+                continue
+            if footprint is not told:
+                _tell_costs(path, footprint)
+                told, hot = footprint, Bytes(0)
+            if footprint.hot_bytes != hot:
+                hot = footprint.hot_bytes
+                _tell_footprint(path, footprint, limit_pages)
     except OSError as error:  # the process has ended, or is somebody else's
         _log.debug("enclave %s: no longer observed: %s", path.stem, error)
 
 
-def _started(path: Path, limit_pages: int) -> Footprint | None:
-    """Begin to observe, if the emulator has started."""
-    try:
-        file = StatsFile(path)
-    except (FileNotFoundError, LasagnaError):
-        return None  # not yet
-    return Footprint(file, limit_pages) if file.started else None
+def _tell_footprint(path: Path, footprint: Footprint, limit_pages: int) -> None:
+    _log.info(
+        "enclave %s: %s hot outside the emulated region, deducted from its limit",
+        path.stem,
+        format_bytes(footprint.hot_bytes),
+    )
+    if footprint.exceeds_limit:
+        _log.warning(
+            "enclave %s: what is hot outside the emulated region does not fit into its EPC of %s; "
+            "it pages in the least that the emulator can do with, %s",
+            path.stem,
+            format_bytes(limit_pages * PAGE),
+            format_bytes(MIN_PAGES * PAGE),
+        )
+
+
+def _tell_costs(path: Path, footprint: Footprint) -> None:
+    """Say it when this machine can't emulate the platform at its speed."""
+    for operation, own_ns, charge_ns in above_charge(footprint.stats()):
+        _log.warning(
+            "enclave %s: %s takes %.1f us here, more than the %.1f us that the profile charges: "
+            "it may run slower than it would in an enclave",
+            path.stem,
+            operation,
+            own_ns / 1000,
+            charge_ns / 1000,
+        )
 
 
 def choose_backend(costs: Costs | None) -> tuple[EnclaveBackend, str | None]:

@@ -23,16 +23,25 @@ FIELDS: Final = (
     "magic pid limit_pages region_pages charge_load_ns charge_add_ns charge_evict_ns"
     " charge_entry_ns own_latency_ns own_load_ns own_evict_ns resident_pages free_pages"
     " evicted_pages allocated_bytes peak_resident_pages added loaded ahead evicted"
-    " second_chances waits load_ns evict_ns late_loads late_evicts unpaid_ns entries entry_ns"
+    " second_chances waits wait_ns load_ns evict_ns late_loads late_evicts unpaid_ns entries"
+    " entry_ns"
 ).split()
 """The counters, in the file's order; ranges and threads follow."""
+OTHERS: Final = 2**32 - 1
+"""The thread id of the entry that stands for all threads that found no other."""
 _LAYOUT: Final = struct.Struct(f"<{len(FIELDS) + 2 * RANGES + 3 * THREADS}Q")
 _SUFFIX: Final = ".epc"
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadStats:
-    """Faults of one thread, and the nanoseconds that they took."""
+    """Faults of one thread, and the nanoseconds that they took.
+
+    Attributes:
+        tid: of the thread, or :data:`OTHERS`.
+        faults: pages that were loaded or added for it.
+        fault_ns: that it waited for them, charges included.
+    """
 
     tid: int
     faults: int
@@ -70,16 +79,27 @@ class StatsFile:
             FileNotFoundError: there is none, or no longer.
         """
         with path.open("r+b") as file:
-            size = os.fstat(file.fileno()).st_size
+            found = os.fstat(file.fileno())
+            size = found.st_size
             if size != _LAYOUT.size:
                 raise LasagnaError(f"{path} is no statistics file of this version of the emulator")
             self._memory = mmap.mmap(file.fileno(), size)
+        self._inode = (found.st_dev, found.st_ino)
         self.path = path
 
     @property
     def started(self) -> bool:
         """Whether the process's emulator is ready; before that its figures mean nothing."""
         return bool(struct.unpack_from("<Q", self._memory)[0] == MAGIC)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether there is a newer file: the process runs another program since (execve)."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return False  # it is about to be, or the process has ended
+        return (found.st_dev, found.st_ino) != self._inode
 
     def read(self) -> EpcStats:
         """The figures of this moment; the process runs on, so they may be an operation apart."""
@@ -107,6 +127,17 @@ class StatsFile:
 
     def _set(self, field: str, value: int) -> None:
         struct.pack_into("<Q", self._memory, 8 * FIELDS.index(field), value)
+
+
+def above_charge(stats: EpcStats) -> Iterator[tuple[str, int, int]]:
+    """Operations that take longer here than their charge: name, own cost and charge, both in ns."""
+    own = {
+        "a page load": (stats["own_latency_ns"] + stats["own_load_ns"], stats["charge_load_ns"]),
+        "an eviction": (stats["own_evict_ns"], stats["charge_evict_ns"]),
+    }
+    for operation, (own_ns, charge_ns) in own.items():
+        if own_ns > charge_ns > 0:
+            yield operation, own_ns, charge_ns
 
 
 def processes(folder: Path) -> Iterator[StatsFile]:

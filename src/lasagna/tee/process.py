@@ -56,7 +56,8 @@ class ChildProcess:
             title: what log lines call it.
             arguments: of the interpreter, such as ``-m`` and a module's name.
             pass_fds: file descriptors that stay open in the child.
-            environment: variables beside the minimal ones.
+            environment: variables beside the minimal ones; no secrets, since they stand on a
+                command line for a moment.
 
         Raises:
             OSError: it can't be started.
@@ -67,13 +68,15 @@ class ChildProcess:
             "-S",
             str(Path(die_with_host.__file__)),
             str(os.getpid()),
+            *(f"{name}={value}" for name, value in (environment or {}).items()),
+            "--",
             sys.executable,
             "-P",  # the current folder is no place to import from
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=minimal_environment() | dict(environment or {}),
+            env=minimal_environment(),
             cwd="/",
             start_new_session=True,
             pass_fds=pass_fds,
