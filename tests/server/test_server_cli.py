@@ -286,7 +286,7 @@ def test_an_enclave_in_an_emulated_epc_answers_and_its_footprint_is_deducted(
     emulated = ("--insecure-emulate-epc", "sgx1-128")
     with serving(model.package, *local(model, tmp_path), *emulated) as server:
         assert "backend insecure-emulated-epc: an EMULATED" in server.said
-        assert "it has 98.0 MB of emulated EPC as of sgx1-128" in server.said
+        assert "it has 98.0 MB of emulated EPC as of sgx1-128, typical costs" in server.said
         with server.client() as client:
             inputs = {INPUT: image}
             answer = client.infer(NAME, inputs)[OUTPUT]

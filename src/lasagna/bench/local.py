@@ -81,7 +81,7 @@ FEW: Final = 4
 """Requests that policies are kept busy with that gain nothing from more."""
 SEED: Final = 11
 LOAD_SHARE: Final = 0.7
-OPEN_S: Final = 40.0
+OPEN_S: Final = 20.0
 ANSWER_S: Final = 300.0
 PROFILES: Final = ("sgx1-128", "sgx2-512")
 _ENDS: Final[tuple[End, ...]] = ("typical", "low")

@@ -19,9 +19,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.errors import UsageError
 from lasagna.tee.epc import CANNOT_START, MIN_PAGES, emulator_environment, stats_folder
-from lasagna.tee.epc_profiles import ENDS, End, profile, profiles
+from lasagna.tee.epc_profiles import end_named, profile, profiles
 from lasagna.tee.epc_stats import OTHERS, EpcStats, StatsFile, processes, stats_path
 from lasagna.tee.footprint import OBSERVE_S, Footprint, Observer
 from lasagna.units import PAGE, format_bytes, parse_bytes
@@ -58,7 +57,7 @@ def run(
     out, and decrypted, checked and moved in when touched. A report follows on standard error. The
     exit status is the program's; 125 if it can't run emulated.
     """
-    costs = profile(profile_name).costs(_end(end))
+    costs = profile(profile_name).costs(end_named(end, "--end"))
     pages = parse_bytes(limit) // PAGE if limit else None
     folder = stats_folder()
     environment = os.environ | emulator_environment(costs, folder, pages, keep=True)
@@ -106,13 +105,6 @@ class _Failed(typer.Exit):
     def __init__(self, message: str, status: int) -> None:
         typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
         super().__init__(status)
-
-
-def _end(text: str) -> End:
-    for end in ENDS:
-        if text == end:
-            return end
-    raise UsageError(f"--end is one of {', '.join(ENDS)}, not {text!r}")
 
 
 def summary(

@@ -22,6 +22,7 @@ import typer
 from lasagna.cli.broker import default_state
 from lasagna.cli.options import listen
 from lasagna.errors import LasagnaError, UsageError
+from lasagna.tee.epc_profiles import End, end_named
 from lasagna.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class _Plan:
     socket_dir: Path | None
     drain_s: float
     emulated_epc: str | None
+    epc_end: End
 
 
 def serve(
@@ -121,6 +123,9 @@ def serve(
             help="Limit and slow the enclaves as an SGX platform would; see lasagna epc profiles.",
         ),
     ] = None,
+    epc_end: Annotated[
+        str, typer.Option(help="Of each range that PROFILE has: low, typical or high.")
+    ] = "typical",
     log_level: Annotated[LogLevel, typer.Option(help="What is logged.")] = LogLevel.INFO,
 ) -> None:
     """Serve sealed models from enclaves, over the Open Inference Protocol v2.
@@ -158,6 +163,7 @@ def serve(
             socket_dir=socket_dir,
             drain_s=drain,
             emulated_epc=insecure_emulate_epc,
+            epc_end=end_named(epc_end, "--epc-end"),
         )
         keep_large_buffers()
         gc.freeze()  # modules stay: collections then look at requests only
@@ -198,7 +204,7 @@ async def _host(plan: _Plan, folder: Path) -> AsyncIterator[EnclaveHost]:
     from lasagna.tee.emulated import choose_backend
     from lasagna.tee.epc_profiles import profile
 
-    costs = None if plan.emulated_epc is None else profile(plan.emulated_epc).costs()
+    costs = None if plan.emulated_epc is None else profile(plan.emulated_epc).costs(plan.epc_end)
     if costs is not None and plan.config.budget > costs.epc_bytes:
         raise UsageError(
             f"a budget of {format_bytes(plan.config.budget)} is more than the EPC of "
@@ -223,7 +229,7 @@ async def _host(plan: _Plan, folder: Path) -> AsyncIterator[EnclaveHost]:
         elif costs is not None:
             typer.echo(
                 f"it has {format_bytes(costs.epc_bytes)} of emulated EPC as of "
-                f"{plan.emulated_epc}; lasagna epc top shows how it is used"
+                f"{plan.emulated_epc}, {plan.epc_end} costs; lasagna epc top shows how it is used"
             )
         typer.echo(f"clients need --allow-measurement {measurement.hex()}")
         typer.echo(f"             --broker-key {await _broker_key(relay)}")

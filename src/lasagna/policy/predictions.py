@@ -18,6 +18,8 @@ from lasagna.policy.state import ModelState, StageState
 
 ERRORS_KEPT: Final = 1000
 """Of the last predictions."""
+TELLING_BYTES: Final = 4 << 20
+"""A report of less loaded says more of who else was on the core than of the rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,6 @@ class Predictions:
         """Nothing was measured."""
         self.machine = machine
         self._loading = Correction()
-        self._sealing = Correction()
         self._compute_errors = _Record()
         self._load_errors = _Record()
         self._seal_errors = _Record()
@@ -78,29 +79,29 @@ class Predictions:
     def seal_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of opening rows that come in here, and of sealing those that leave."""
         profile_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
-        return self._sealing.factor * profile_s
+        return stage.sealing.factor * profile_s
 
     def alone_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds from the start of a run to its end."""
-        busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
-        return alone_s(
-            busy_s, self.load_s(stage), self._exposed_s(model, stage, rows), self.machine
-        )
+        return alone_s(*self._times(model, stage, rows), self.machine)
 
     def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of the server for one run of a gang."""
+        return visit_s(*self._times(model, stage, rows), self.machine)
+
+    def _times(self, model: ModelState, stage: StageState, rows: int) -> tuple[float, float, float]:
+        """Seconds of computing with both ends, of loading, and of loading that is not hidden."""
         busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
-        return visit_s(
-            busy_s, self.load_s(stage), self._exposed_s(model, stage, rows), self.machine
-        )
+        return busy_s, self.load_s(stage), self._exposed_s(model, stage, rows)
 
     def note(self, model: ModelState, stage: StageState, rows: int, ran: Ran) -> None:
         """A run has ended, and took so long."""
         self._note_compute(model, stage, rows, ran.compute_s)
-        load_s = ran.load_bytes / self.machine.load_rate
-        _correct(self._loading, self._load_errors, load_s, ran.load_s)
+        if ran.load_bytes >= TELLING_BYTES:
+            load_s = ran.load_bytes / self.machine.load_rate
+            _correct(self._loading, self._load_errors, load_s, ran.load_s)
         seal_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
-        _correct(self._sealing, self._seal_errors, seal_s, ran.seal_s)
+        _correct(stage.sealing, self._seal_errors, seal_s, ran.seal_s)
 
     def _note_compute(
         self, model: ModelState, stage: StageState, rows: int, measured_s: float

@@ -150,6 +150,7 @@ class StageState:
         pinned: its slices that need not be loaded.
         profile_s: seconds of computing by rows; exposed_s: of loading that it does not hide.
         correction: of those; by_rows: of batches of one size, where some have been measured.
+        sealing: correction of opening what comes in here, and sealing what leaves.
     """
 
     plan: Stage
@@ -163,6 +164,7 @@ class StageState:
     exposed_s: dict[int, float] = field(default_factory=dict)
     correction: Correction = field(default_factory=Correction)
     by_rows: dict[int, Correction] = field(default_factory=dict)
+    sealing: Correction = field(default_factory=Correction)
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,20 @@ from lasagna.units import PAGE, Bytes
 End = Literal["low", "typical", "high"]
 """Which end of the published range."""
 ENDS: Final[tuple[End, ...]] = ("low", "typical", "high")
+
+
+def end_named(text: str, option: str) -> End:
+    """The end that an option of the command line names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    for end in ENDS:
+        if text == end:
+            return end
+    raise UsageError(f"{option} is one of {', '.join(ENDS)}, not {text!r}")
+
+
 Grade = Literal["read", "derived", "second-hand", "assumed"]
 
 
