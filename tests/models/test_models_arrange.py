@@ -60,5 +60,8 @@ def test_a_sum_takes_the_place_of_what_it_is_added_to_when_all_others_have_read_
     # not needed for it, may run after it.
     aside = conv(["x", "w2"], "z")
     assert in_place_pairs([first, aside, last], {"x"}) == []  # type: ignore[list-item]
+    view = helper.make_node("Reshape", ["x", "shape"], ["v"])
+    reader = conv(["v", "w2", "", "t"], "t2")
+    assert in_place_pairs([view, first, reader, last], {"x"}) == []  # type: ignore[list-item]
     twice = conv(["x", "w1", "", "x"], "y")
     assert in_place_pairs([twice], {"x"}) == []  # type: ignore[list-item]

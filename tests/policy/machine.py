@@ -90,8 +90,7 @@ def check(scheduler: Scheduler) -> None:
         if request.phase in (Phase.WAITING, Phase.AGAIN):
             assert untaken == request.facts.rows
             assert not any(part.request == number for run, *_ in running for part in run.batch)
-    lanes = scheduler._arranger.machine.lanes
-    assert len(running) <= 2 * lanes
+    assert len(running) <= scheduler._arranger.machine.most_runs
 
 
 @dataclass

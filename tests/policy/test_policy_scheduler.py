@@ -77,7 +77,8 @@ def saturate(rig, seconds: float, each, start: int = 1) -> int:  # type: ignore[
 
 def test_tenants_get_their_shares_at_saturation() -> None:
     weights = {"gold": 2.0, "plain": 1.0}
-    rig = enclave({"a": SMALL, "b": SMALL}, settings=Settings(1000, weights=weights))
+    model = linear([MB, MB], [10_000, 10_000], [0.01, 0.02])
+    rig = enclave({"a": model, "b": model}, settings=Settings(1000, weights=weights))
     tenants: dict[int, str] = {}
     served = dict.fromkeys(weights, 0)
     sent = dict.fromkeys(weights, 0)
@@ -93,6 +94,58 @@ def test_tenants_get_their_shares_at_saturation() -> None:
         for number in rig.order[before:]:
             served[tenants[number]] += 1
     assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_tenants_get_their_shares_when_everybody_has_waited_for_too_long() -> None:
+    """A slow model's queue is older than the patience, whoever is in it."""
+    slow = linear([MB], [1000], [0.1])
+    weights = {"gold": 2.0, "plain": 1.0}
+    rig = enclave({"a": slow}, settings=Settings(1000, patience_s=1.0, weights=weights))
+    tenants: dict[int, str] = {}
+    served = dict.fromkeys(weights, 0)
+    sent = dict.fromkeys(weights, 0)
+    while rig.now_s < 40.0:
+        for tenant in weights:
+            while sent[tenant] - served[tenant] < 100:
+                sent[tenant] += 1
+                tenants[len(tenants) + 1] = tenant
+                rig.arrive(len(tenants), "a", tenant=tenant)
+        before = len(rig.order)
+        rig.end_one()
+        for number in rig.order[before:]:
+            served[tenants[number]] += 1
+    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_tenants_of_different_models_get_their_shares() -> None:
+    weights = {"gold": 2.0, "plain": 1.0}
+    rig = enclave({"a": SMALL, "b": SMALL}, settings=Settings(1000, weights=weights))
+    models = {"gold": "a", "plain": "b"}
+    tenants: dict[int, str] = {}
+    served = dict.fromkeys(weights, 0)
+    sent = dict.fromkeys(weights, 0)
+    while rig.now_s < 10.0:
+        for tenant in weights:
+            while sent[tenant] - served[tenant] < 200:
+                sent[tenant] += 1
+                tenants[len(tenants) + 1] = tenant
+                rig.arrive(len(tenants), models[tenant], tenant=tenant)
+        before = len(rig.order)
+        rig.end_one()
+        for number in rig.order[before:]:
+            served[tenants[number]] += 1
+    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_cold_model_of_several_stages_does_not_starve_beside_a_hot_one() -> None:
+    patience_s = 1.0
+    rig = enclave({"hot": SMALL, "cold": TAPERED}, settings=Settings(150, patience_s))
+    rig.arrive(1, "cold")
+    begun_s = rig.now_s
+    saturate(rig, 8.0, lambda number: rig.arrive(number, "hot"), start=2)
+    stages = len(rig.scheduler._models["cold"].stages)
+    row_s = rig.scheduler._choice.row_s(rig.scheduler._models["cold"])
+    assert rig.answered[1] - begun_s < stages * (max(patience_s, 32 * row_s) + 0.5)
 
 
 def test_nobody_starves_behind_a_higher_priority() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -152,8 +152,9 @@ async def _run(
     scenarios: Sequence[str], before: Sequence[Row], file: Path, *, quick: bool
 ) -> list[Row]:
     console = Console(stderr=True)
-    rows = [row for row in before if row.scenario not in scenarios]
+    rows = {(row.scenario, row.threads, row.epc): row for row in before}
     order = list(SCENARIOS)
+    commit = read_commit()
     with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
         folder, models = Path(made), _Models()
         for name in scenarios:
@@ -166,13 +167,15 @@ async def _run(
                     with console.status(f"{name}, {threads} threads, {epc}: measuring ..."):
                         row = await _scenario(name, threads, epc, models, folder, quick=quick)
                     row.finished = datetime.now(UTC).isoformat(timespec="seconds")
-                    commit = read_commit()
                     row.commit = "" if commit is None else commit.id + "+" * commit.dirty
-                    rows.append(row)
-                    rows.sort(key=lambda one: (one.epc, order.index(one.scenario), one.threads))
-                    write_rows(file, rows)
+                    rows[name, threads, epc] = row
+                    write_rows(file, _sorted(rows.values(), order))
                     console.print(row.line(), highlight=False)
-    return rows
+    return _sorted(rows.values(), order)
+
+
+def _sorted(rows: Iterable[Row], order: Sequence[str]) -> list[Row]:
+    return sorted(rows, key=lambda one: (one.epc, order.index(one.scenario), one.threads))
 
 
 async def _scenario(

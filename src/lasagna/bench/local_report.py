@@ -178,7 +178,9 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Keep the rows, so that a run that is broken off loses one at most."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(list(rows)), indent=1) + b"\n")
+    written = path.with_suffix(".new")
+    written.write_bytes(msgspec.json.format(msgspec.json.encode(list(rows)), indent=1) + b"\n")
+    written.replace(path)
 
 
 def table_of(rows: Sequence[Row]) -> str:

@@ -47,13 +47,19 @@ class Ring:
             del self.where[piece]
         self.streamed.insert(bisect_left(self.streamed, piece), piece)
 
-    def next_chunk(self) -> tuple[Slot, int, int] | None:
-        """A chunk of what is needed next, or nothing."""
+    def started(self) -> tuple[Slot, int, int] | None:
+        """A chunk of a piece that is on its way, the one that is needed first; or nothing."""
         while self.filling:
             slot = min(self.filling, key=lambda s: self.courses.distance(s.holds))
             if self.left(slot):
                 return slot, slot.holds, self.take_chunk(slot)
             self.filling.remove(slot)
+        return None
+
+    def next_chunk(self) -> tuple[Slot, int, int] | None:
+        """A chunk of what is needed next, or nothing."""
+        if (begun := self.started()) is not None:
+            return begun
         nearest = self._nearest_absent()
         claimed = None if nearest is None else self.claim(nearest, urgent=False)
         if nearest is None or claimed is None:

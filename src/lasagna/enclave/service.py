@@ -77,6 +77,7 @@ class Enclave:
         self._loader: threading.Thread | None = None
         self._computing: list[threading.Thread] = []
         self._processors = sorted(os.sched_getaffinity(0))
+        self._keeps = False
 
     def serve(self) -> None:
         """Answer commands until Stop or the end of the connection.
@@ -199,7 +200,7 @@ class Enclave:
             self._emptied.wait_for(lambda: self._inside == 0)
         self._dissolve()
         if command.models:
-            self._take_shape(command.lanes)
+            self._take_shape(command.lanes, command.cores)
         try:
             made = arrange(
                 command,
@@ -229,15 +230,19 @@ class Enclave:
             thread.start()
         return m.Arranged(command.id, made.pool.used, time.perf_counter() - start)
 
-    def _take_shape(self, lanes: int) -> None:
-        """A batch for each thread, or all on one: the first models decide, for good."""
+    def _take_shape(self, lanes: int, cores: int) -> None:
+        """A batch for each thread, or all on one: the first models decide, for good.
+
+        Threads that share a batch keep to their processors where none is to spare.
+        """
         threads = self._limits.threads
         if lanes not in (1, threads):
             raise InvalidInputError(f"{lanes} lanes; {threads} threads make 1 or {threads}")
         if self._lanes and lanes != self._lanes:
             raise InvalidInputError(f"{lanes} lanes in an enclave that began with {self._lanes}")
         if not self._lanes and lanes < threads:
-            share_threads(threads, self._processors[1:])
+            self._keeps = cores <= threads
+            share_threads(threads, self._processors[1:] if self._keeps else self._processors)
             self._sessions.shared_threads = True
         self._lanes = lanes
 
@@ -321,14 +326,12 @@ class Enclave:
 
     def _load_ahead(self, arrangement: Arrangement) -> None:
         """The loader thread. Those that share a layer rest while it works: their place is free."""
-        shared = self._sessions.shared_threads
-        with on_processors(self._processors[1:] if shared else self._processors):
+        with on_processors(self._processors[1:] if self._keeps else self._processors):
             arrangement.weights.load_ahead()
 
     def _compute(self, number: int) -> None:
         """A compute thread: jobs in, answers out."""
-        shared = self._sessions.shared_threads
-        with on_processors(self._processors[:1] if shared else self._processors):
+        with on_processors(self._processors[:1] if self._keeps else self._processors):
             while (job := self._jobs.get()) is not None:
                 reply = self._run(job, number)
                 del job  # or its arrangement's memory would stay while this thread waits

@@ -114,6 +114,7 @@ class Weights:
         with self._changed:
             self._pinned[piece] = slot
             self._ring.stay(piece, slot)
+            self._wake()
             self.counters.load_s += time.perf_counter() - start
             self._count(piece)
         self._span("loader", "pin", start, piece)
@@ -157,10 +158,11 @@ class Weights:
             self._paused += 1
             self._wake()
         start = time.perf_counter()
-        slot = self._claim_for(piece)
+        staging, who = self.stagings[1 + thread], f"compute {thread}"
+        slot = self._claim_for(piece, staging, who)
         try:
-            self._finish(slot, piece, self.stagings[1 + thread], f"compute {thread}")
-            self._stock_up(self.stagings[1 + thread], f"compute {thread}")
+            self._finish(slot, piece, staging, who)
+            self._stock_up(staging, who)
         except PackageError:
             self.release(course, slot)
             raise
@@ -231,17 +233,25 @@ class Weights:
 
     # The ring.
 
-    def _claim_for(self, piece: int) -> Slot:
-        """A slot that holds or will hold the piece, with this thread among its users."""
-        with self._changed:
-            while True:
+    def _claim_for(self, piece: int, staging: Memory, who: str) -> Slot:
+        """A slot that holds or will hold the piece, with this thread among its users.
+
+        One that is half filled is free for nobody, and its filler may have stopped in favour of
+        computing: who needs it finishes it.
+        """
+        while True:
+            with self._changed:
                 slot = self._ring.where.get(piece) or self._ring.claim(piece, urgent=True)
                 if slot is not None:
                     slot.users += 1
                     return slot
                 if self._closed:
                     raise PackageError("the enclave is stopping")
-                self._wait()
+                job = self._ring.started()
+                if job is None:
+                    self._wait()
+            if job is not None:
+                self._fill(*job, staging, who)
 
     def _finish(self, slot: Slot, piece: int, staging: Memory, who: str) -> None:
         """Decrypt what is left of a piece, then wait for the chunks that others have taken."""

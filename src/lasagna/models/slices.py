@@ -24,6 +24,10 @@ from lasagna.package.format import MAX_NAME, WEIGHT_ALIGNMENT, Layer, SliceDetai
 
 _TILE: Final = re.compile(rf"(.*){TILE_MARK}(?:(\d{{1,9}})_of_(\d{{1,9}})|(\w+))", re.DOTALL)
 """Names that tiling gives: a tile, and what splits a tensor for tiles or joins theirs."""
+_VIEWS: Final = frozenset(
+    ["Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Optional"]
+)
+"""Operators whose result may be their input's memory (``Alias`` in ONNX Runtime's kernels)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,8 @@ def in_place_pairs(
         if added is None:
             continue
         readers = {n for n, other in enumerate(nodes) if added in uses(other)} - {number}
+        if any(nodes[n].op_type in _VIEWS for n in readers):
+            continue  # who reads a view of it is not among its readers
         if added in dead and readers <= earlier and list(node.input).count(added) == 1:
             pairs.append((added, node.output[0]))
     return pairs

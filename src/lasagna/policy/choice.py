@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
+from lasagna.policy.events import Run
 from lasagna.policy.predictions import Predictions
-from lasagna.policy.state import NEVER, ModelState, Request
+from lasagna.policy.state import NEVER, ModelState, Request, StageState
 
 
 class Choice:
@@ -37,6 +39,29 @@ class Choice:
         ]
         self._lanes = self._predictions.machine.lanes
         self._longest_s = max(visits, default=0.0)
+
+    def rests_s(self, model: ModelState) -> list[float]:
+        """Seconds that a row takes of the server from each stage to the end, in full batches."""
+        own_s = [self._visit_s(model, one, one.plan.rows) / one.plan.rows for one in model.stages]
+        return list(accumulate(reversed(own_s)))[::-1]
+
+    def backlog_s(
+        self, models: Iterable[ModelState], running: Iterable[tuple[Run, ModelState, int, float]]
+    ) -> float:
+        """Work of all rows that wait or run, in seconds of the whole server."""
+        total, rests = 0.0, {}
+        for model in models:
+            rests[model.name] = rest_s = self.rests_s(model)
+            total += model.outside.rows * rest_s[0] if rest_s else 0.0
+            waiting = (stage.waiting_rows for stage in model.stages)
+            total += sum(rows * left_s for rows, left_s in zip(waiting, rest_s, strict=True))
+        for run, model, index, _ in running:
+            total += sum(part.count for part in run.batch) * rests[model.name][index]
+        return total
+
+    def _gather_s(self, model: ModelState, stage: StageState) -> float:
+        """Seconds in which a full batch comes together, when the server does nothing else."""
+        return self._lanes * stage.plan.rows * self.row_s(model)
 
     def row_s(self, model: ModelState) -> float:
         """Seconds that a row takes of the server, when all batches are full."""
@@ -89,15 +114,21 @@ class Choice:
         now_s: float,
     ) -> tuple[float, ...]:
         stage = model.stages[index]
-        since_s, deadline_s = NEVER, NEVER
+        since_s, deadline_s, behind = NEVER, NEVER, 0.0
         if stage.waiting:
             first = requests[stage.waiting[0].request]
             since_s, deadline_s = stage.waiting[0].since_s, first.deadline_s
             if self._in_order:
                 since_s = first.facts.at_s
-        elif (oldest := model.outside.oldest()) is not None:
+            waited_s = now_s - since_s
+            overdue = waited_s >= self._patience_s and waited_s >= self._gather_s(model, stage)
+        else:
+            oldest = model.outside.oldest()
+            assert oldest is not None
             since_s, deadline_s = oldest.since_s, oldest.deadline_s
-        if self._in_order or now_s - since_s >= self._patience_s:
+            overdue = model.outside.overdue(now_s, self._patience_s)
+            behind = model.outside.behind(now_s, self._patience_s)
+        if self._in_order or overdue:
             return (0.0, since_s)
         if deadline_s < NEVER:
             slack_s = deadline_s - now_s - self.through_s(model, index)
@@ -106,4 +137,4 @@ class Choice:
         full, each = stage.plan.rows, -(-rows // self._lanes)
         share = rows / (self._lanes * full)
         efficiency = share * self._visit_s(model, stage, full) / self._visit_s(model, stage, each)
-        return (2.0, -round(efficiency, 6), -index, since_s)
+        return (2.0, -round(efficiency, 6), -index, behind, since_s)

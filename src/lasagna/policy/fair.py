@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+OUT_OF_TURN: Final = 16
+"""Every so-many-th request may go first because it has waited too long. At saturation all have, and
+shares and priorities would mean nothing if they all did."""
 TENANTS_KEPT: Final = 1024
 """So many tenants are remembered at least: anybody may invent names."""
 
@@ -59,12 +62,12 @@ class Shares:
         return self._times.get(tenant, self._now)
 
     def served(self, tenant: str, work_s: float) -> None:
-        """It was given so much work."""
-        start = max(self._times.get(tenant, 0.0), self._now)
-        self._now = start
+        """It was given so much work. Who waits keeps what it is behind by: batches are of one."""
+        start = self._times.get(tenant, self._now)
+        self._now = max(self._now, start)
         self._times[tenant] = start + work_s / self._weights.get(tenant, 1.0)
         if len(self._times) > self._most:  # one that is not ahead is as good as unknown
-            self._times = {name: time for name, time in self._times.items() if time > start}
+            self._times = {name: time for name, time in self._times.items() if time > self._now}
             self._most = max(TENANTS_KEPT, 2 * len(self._times))
 
 
@@ -76,6 +79,7 @@ class FairQueue:
         self._shares = shares
         self._lines: dict[int, OrderedDict[str, OrderedDict[int, Waiting]]] = {}
         self._oldest: OrderedDict[int, Waiting] = OrderedDict()
+        self._in_turn = OUT_OF_TURN
         self.rows = 0
 
     def push(self, waiting: Waiting) -> None:
@@ -92,12 +96,22 @@ class FairQueue:
         """Who is next: who has waited too long, else by priority and then by share."""
         if not self._oldest:
             return None
-        oldest = next(iter(self._oldest.values()))
-        if now_s - oldest.since_s >= patience_s:
-            return oldest
+        if self.overdue(now_s, patience_s):
+            return next(iter(self._oldest.values()))
         tenants = self._lines[max(self._lines)]
         tenant = min(tenants, key=self._shares.behind)
         return next(iter(tenants[tenant].values()))
+
+    def overdue(self, now_s: float, patience_s: float) -> bool:
+        """Whether the oldest has waited too long, and may go before its turn."""
+        oldest = self.oldest()
+        late = oldest is not None and now_s - oldest.since_s >= patience_s
+        return late and self._in_turn >= OUT_OF_TURN
+
+    def behind(self, now_s: float, patience_s: float) -> float:
+        """Virtual time of the tenant that is next; the least of all models' goes first."""
+        head = self.head(now_s, patience_s)
+        return 0.0 if head is None else self._shares.behind(head.tenant)
 
     def oldest(self) -> Waiting | None:
         """Who has waited longest."""
@@ -111,6 +125,8 @@ class FairQueue:
     def take(self, waiting: Waiting, rows: int, work_s: float) -> None:
         """So many rows of a request go into the enclave; its tenant is charged for the work."""
         assert 0 < rows <= waiting.rows
+        first = self.oldest() is waiting and self._in_turn >= OUT_OF_TURN
+        self._in_turn = 0 if first else self._in_turn + 1
         self._shares.served(waiting.tenant, work_s)
         waiting.first += rows
         waiting.rows -= rows

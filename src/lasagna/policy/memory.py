@@ -101,7 +101,7 @@ class _Search:
             pinned={},
             slots=0,
             slot_bytes=0,
-            input_slots=2 * machine.lanes if apart else 0,
+            input_slots=machine.most_runs if apart else 0,
             input_bytes=whole_pages(inputs) if apart else 0,
             lanes=machine.lanes,
             width=machine.width,

@@ -11,13 +11,17 @@ So whenever a place is free, the visit is chosen
 1. that is *urgent*: the one whose first request's deadline is nearest, or that has waited longest,
    if waiting for one more visit might be too much;
 2. else the most *efficient*: the share of its time that its rows would need in full batches;
-   where two are alike the later stage, which frees memory, then the one that has waited longer.
+   where two are alike the later stage, which frees memory, then whose tenant is further behind,
+   then the one that has waited longer.
 
 Nothing waits for a batch to fill while the enclave is idle: an inefficient visit is better than
 none. A stage may bring no more rows to a cut than the plan has memory for. Requests wait for the
 first stage outside the enclave; which of them are taken is decided by priority and then by
 start-time fair queueing over tenants (``policy.fair``), so at saturation each tenant gets its
-share. Who has waited for longer than the patience goes before all priorities: nobody starves.
+share. Nobody starves: who has waited for longer than the patience goes before all others, at each
+cut (inside, if a full batch could have come together meanwhile; outside, every sixteenth request at
+most, or shares would mean nothing at saturation). So a request waits for the patience or a batch,
+and for those before it, once at each of its stages.
 """
 
 from __future__ import annotations
@@ -307,8 +311,9 @@ class Scheduler:
         """
         if self._arranger.step(self._forms, now_s, self._inside, out):
             self._new_stages()
-        lanes = self._arranger.machine.lanes
-        while self._arranger.open and len(self._running) <= lanes:
+        machine = self._arranger.machine
+        lanes = machine.lanes
+        while self._arranger.open and len(self._running) + lanes <= machine.most_runs:
             if any(self._exclusive(run) for run, *_ in self._running.values()):
                 return
             visit = self._choice.best(
@@ -382,7 +387,7 @@ class Scheduler:
         head = model.outside.head(now_s, self._settings.patience_s)
         assert head is not None
         count = min(head.rows, limit)
-        part = Rows(head.request, head.first, count)
+        part = Rows(head.request, head.first, count, head.since_s)
         work_s = count * self._choice.row_s(model)
         model.outside.take(head, count, work_s)
         stage.held += count
@@ -390,7 +395,5 @@ class Scheduler:
         return part
 
     def backlog_s(self) -> float:
-        """Work of the rows that wait outside, in seconds of the whole server."""
-        return sum(
-            model.outside.rows * self._choice.row_s(model) for model in self._models.values()
-        )
+        """Work of all rows that wait or run, in seconds of the whole server."""
+        return self._choice.backlog_s(self._models.values(), self._running.values())

@@ -60,6 +60,11 @@ class Machine:
         return self, replace(self, lanes=1, width=self.lanes * self.width)
 
     @property
+    def most_runs(self) -> int:
+        """Runs that may be in the enclave: one on each lane, and the gang that follows them."""
+        return 2 * self.lanes
+
+    @property
     def spare_cores(self) -> int:
         """Processors that computing leaves to loading, and to opening requests."""
         return max(0, self.cores - self.lanes * self.width)

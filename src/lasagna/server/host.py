@@ -105,6 +105,7 @@ class EnclaveHost:
             machine_of(config.budget, config.threads, paged=self.policy.paged),
             Settings(
                 queue_rows=config.queue_limit,
+                patience_s=config.patience_s,
                 weights=config.tenant_weights,
                 style=self.policy.style,
                 in_order=self.policy.in_order,

@@ -60,6 +60,7 @@ class HostConfig:
         threads: that compute; the plan says whether each has a batch of its own.
         max_batch: rows of one request at most, and of one batch; the plan may allow fewer of these.
         queue_limit: rows that may wait.
+        patience_s: who has waited so long for the enclave goes before all priorities and shares.
         policy: name of the scheduling policy, one of ``policy.baselines.POLICIES``.
         tenant_weights: shares of tenants at saturation; those that are not named have 1.
         trace: file to record what runs when in, and traced_as: what that says of the enclave's EPC.
@@ -74,6 +75,7 @@ class HostConfig:
     threads: int = 1
     max_batch: int = 32
     queue_limit: int = 256
+    patience_s: float = 10.0
     policy: str = "lasagna"
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     trace: Path | None = None
