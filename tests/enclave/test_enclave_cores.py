@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from .numbered import Numbered, is_own, join, load_all, loading, numbered_weights
 
 
@@ -19,6 +21,31 @@ def test_where_every_core_computes_weights_are_loaded_while_a_run_pauses() -> No
         assert store.counters.loads == min(10, number // 3 * 3 + 3), "who pauses fills the ring"
         store.release(course, slot)
     store.finish(course)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_who_needs_a_slot_that_the_loader_left_half_filled_fills_it(cores: int) -> None:
+    """Its run is over, the ring has no other slot, and the loader rests."""
+    store = numbered_weights(Numbered(), [3, 3], slots=1, threads=1)
+    store.width = store.cores = cores
+    gone = store.announce(0, 1)
+    with store._changed:
+        job = store._next_job()
+    assert isinstance(job, tuple)
+    store._fill(*job, store.stagings[0], "loader")  # the first of three chunks
+    store.finish(gone)
+
+    def work() -> None:
+        course = store.announce(1, 2)
+        slot = store.acquire(0, course, 1)
+        assert is_own(slot, store.pieces[1])
+        store.release(course, slot)
+        store.finish(course)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    join(worker)
+    assert store.counters.loads == 2
 
 
 def test_two_runs_that_need_all_cores_share_what_they_load() -> None:

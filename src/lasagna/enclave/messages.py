@@ -273,8 +273,8 @@ class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds spent on one Run, each counted once.
 
     ``wait_s`` is for a compute thread, ``stall_s`` for weights that were not there yet, on the
-    thread that ran it; ``copy_s`` from and to the cuts. ``load_bytes`` were decrypted by all
-    threads in ``load_s`` since the last reply.
+    thread that ran it, with those that it loaded ahead then; ``copy_s`` from and to the cuts.
+    ``load_bytes`` were decrypted by all threads in ``load_s`` since the last reply.
     """
 
     open_s: float

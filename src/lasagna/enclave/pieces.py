@@ -56,11 +56,11 @@ class Slot:
     ==========  =====  =======  ==========  =====  ==============================================
     state       holds  missing  next_chunk  error  leaves it
     ==========  =====  =======  ==========  =====  ==============================================
-    free        -1     0        0                  ``_claim``: to filling
-    filling     piece  > 0      < chunks           ``_take_chunk`` of the last one: to finishing
-    finishing   piece  > 0      chunks             ``_fill`` of the last one: to ready
-    ready       piece  0        chunks             ``_claim`` for another piece, if without users
-    broken      piece  >= 0     chunks      set    ``release`` by who was told, or ``_claim``
+    free        -1     0        0                  ``Ring.claim``: to filling
+    filling     piece  > 0      < chunks           ``Ring.take_chunk`` of the last one: to finishing
+    finishing   piece  > 0      chunks             ``Weights._fill`` of the last one: to ready
+    ready       piece  0        chunks             ``Ring.claim`` for another piece, without users
+    broken      piece  >= 0     chunks      set    ``release`` by who was told, or ``Ring.claim``
     ==========  =====  =======  ==========  =====  ==============================================
 
     ``missing`` counts chunks that are not decrypted, ``users`` threads between acquire and release.

@@ -106,7 +106,8 @@ class SliceFacts(_Record, frozen=True):
 class Places(_Record, frozen=True):
     """Where tensors that cross cuts lie while they are needed: offsets for one row.
 
-    Both are multiplied by the batch that memory is reserved for.
+    Both are multiplied by the batch that memory is reserved for. Tensors that are needed together
+    lie apart, but a sum may take the place of what it is added to, in the slice that makes it.
     """
 
     offsets: tuple[_Count, ...]
