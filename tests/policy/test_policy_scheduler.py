@@ -202,6 +202,21 @@ def test_a_deadline_goes_before_efficiency() -> None:
     assert rig.answered[200] <= due
 
 
+def test_a_batch_is_no_larger_than_a_deadline_allows() -> None:
+    slow = linear([MB], [1000], [0.05])
+    rig = enclave({"slow": slow}, settings=Settings(queue_rows=1000))
+    rig.arrive(1, "slow")
+    rig.arrive(2, "slow")
+    rig.arrive(3, "slow", deadline_s=rig.now_s + 0.45)  # two run, then four rows of 50 ms each
+    for number in range(4, 36):
+        rig.arrive(number, "slow")
+    rig.drain()
+    assert rig.answered[3] <= 0.45
+    (with_it,) = [run for _, run in rig.runs if any(part.request == 3 for part in run.batch)]
+    assert 2 <= sum(part.count for part in with_it.batch) < 32
+    assert len(rig.answered) == 35
+
+
 def test_predictions_correct_themselves() -> None:
     rig = enclave({"vgg": TAPERED}, factor=1.7)
     saturate(rig, 30.0, lambda number: rig.arrive(number, "vgg"))

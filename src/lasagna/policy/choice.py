@@ -7,7 +7,11 @@ from itertools import accumulate
 
 from lasagna.policy.events import Run
 from lasagna.policy.predictions import Predictions
+from lasagna.policy.stages import ROWS
 from lasagna.policy.state import NEVER, ModelState, Request, StageState
+
+_OVERDUE, _URGENT, _EFFICIENT = 0.0, 1.0, 2.0
+"""Why a visit goes first; the least does."""
 
 
 class Choice:
@@ -103,7 +107,20 @@ class Choice:
                 rank = self._rank(model, index, rows, requests, now_s)
                 if found is None or rank < least:
                     found, least = (model, index, rows), rank
+        if found is not None and least[0] == _URGENT:
+            model, index, rows = found
+            return model, index, self._in_time(model, index, rows, least[1] - now_s)
         return found
+
+    def _in_time(self, model: ModelState, index: int, rows: int, left_s: float) -> int:
+        """The most rows of these that leave the first one time to meet its deadline."""
+        stage = model.stages[index]
+        left_s -= self.through_s(model, index + 1)
+        for fewer in sorted({rows, *(each * self._lanes for each in ROWS)}, reverse=True):
+            each = -(-fewer // self._lanes)
+            if fewer <= rows and self._predictions.alone_s(model, stage, each) <= left_s:
+                return fewer
+        return 1
 
     def _rank(
         self,
@@ -129,12 +146,12 @@ class Choice:
             overdue = model.outside.overdue(now_s, self._patience_s)
             behind = model.outside.behind(now_s, self._patience_s)
         if self._in_order or overdue:
-            return (0.0, since_s)
+            return (_OVERDUE, since_s)
         if deadline_s < NEVER:
             slack_s = deadline_s - now_s - self.through_s(model, index)
             if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
-                return (1.0, deadline_s)
+                return (_URGENT, deadline_s)
         full, each = stage.plan.rows, -(-rows // self._lanes)
         share = rows / (self._lanes * full)
         efficiency = share * self._visit_s(model, stage, full) / self._visit_s(model, stage, each)
-        return (2.0, -round(efficiency, 6), -index, behind, since_s)
+        return (_EFFICIENT, -round(efficiency, 6), -index, behind, since_s)

@@ -8,8 +8,8 @@ gathering takes memory and time.
 
 So whenever a place is free, the visit is chosen
 
-1. that is *urgent*: the one whose first request's deadline is nearest, or that has waited longest,
-   if waiting for one more visit might be too much;
+1. that is *urgent*: the one that has waited longest, or whose first request's deadline is nearest,
+   if waiting for one more visit might be too much; it takes no more rows than leave it time;
 2. else the most *efficient*: the share of its time that its rows would need in full batches;
    where two are alike the later stage, which frees memory, then whose tenant is further behind,
    then the one that has waited longer.
