@@ -23,7 +23,7 @@ RECORD_S: Final = 0.0001
 TOGETHER_LOSS: Final = 0.15
 """Threads that compute one batch together wait for each other, as long as this share of a row takes
 (docs/experiments/0005-local-scheduler.md)."""
-APART_LOSS: Final = 0.05
+APART_LOSS: Final = 0.12
 """Threads with a batch each wait for the slowest where they share loads: this share more."""
 
 
