@@ -137,6 +137,7 @@ def bars_of(rows: Sequence[Row]) -> list[Bar]:
         if row.exceeds:
             low = row.over("vanilla", "low")
             bars.append(Bar(f"{row.title}: vanilla, low costs", low, 2.0))
+        if row.exceeds or row.several:
             bars.append(_over_on_demand(row))
         if row.scenario in NATIVE_BARS:
             limit = NATIVE_BARS[row.scenario]
