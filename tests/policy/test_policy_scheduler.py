@@ -3,12 +3,13 @@ tenants get their shares, nobody starves, deadlines are met or refused at once."
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import median
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.policy.machine import MACHINE, MB, enclave, linear
+from tests.policy.machine import MACHINE, MB, Enclave, enclave, linear
 
 from lasagna.errors import BudgetError
 from lasagna.policy.costs import ModelCosts
@@ -75,66 +76,48 @@ def saturate(rig, seconds: float, each, start: int = 1) -> int:  # type: ignore[
     return number
 
 
-def test_tenants_get_their_shares_at_saturation() -> None:
-    weights = {"gold": 2.0, "plain": 1.0}
-    model = linear([MB, MB], [10_000, 10_000], [0.01, 0.02])
-    rig = enclave({"a": model, "b": model}, settings=Settings(1000, weights=weights))
+GOLD_AND_PLAIN = {"gold": 2.0, "plain": 1.0}
+
+
+def served(rig: Enclave, seconds: float, waiting: int, models: dict[str, str]) -> Counter[str]:
+    """Answers to each tenant, who keeps so many requests for each letter of its models waiting."""
     tenants: dict[int, str] = {}
-    served = dict.fromkeys(weights, 0)
-    sent = dict.fromkeys(weights, 0)
-    while rig.now_s < 60.0:
-        for tenant in weights:
-            while sent[tenant] - served[tenant] < 200:  # more than two batches of each model
+    done, sent = Counter[str](), Counter[str]()
+    while rig.now_s < seconds:
+        for tenant, wanted in models.items():
+            while sent[tenant] - done[tenant] < waiting:
                 sent[tenant] += 1
-                number = len(tenants) + 1
-                tenants[number] = tenant
-                rig.arrive(number, ("a", "b")[sent[tenant] % 2], tenant=tenant)
+                tenants[len(tenants) + 1] = tenant
+                rig.arrive(len(tenants), wanted[sent[tenant] % len(wanted)], tenant=tenant)
         before = len(rig.order)
         rig.end_one()
-        for number in rig.order[before:]:
-            served[tenants[number]] += 1
-    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+        done.update(tenants[number] for number in rig.order[before:])
+    return done
+
+
+def test_tenants_get_their_shares_at_saturation() -> None:
+    model = linear([MB, MB], [10_000, 10_000], [0.01, 0.02])
+    settings = Settings(1000, weights=GOLD_AND_PLAIN)
+    rig = enclave({"a": model, "b": model}, settings=settings)
+    done = served(rig, 60.0, 200, dict.fromkeys(GOLD_AND_PLAIN, "ab"))  # over two batches of each
+    assert done["gold"] / done["plain"] == pytest.approx(2.0, rel=0.1)
 
 
 def test_tenants_get_their_shares_when_everybody_has_waited_for_too_long() -> None:
     """A slow model's queue is older than the patience, whoever is in it."""
     slow = linear([MB], [1000], [0.1])
-    weights = {"gold": 2.0, "plain": 1.0}
-    rig = enclave({"a": slow}, settings=Settings(1000, patience_s=1.0, weights=weights))
-    tenants: dict[int, str] = {}
-    served = dict.fromkeys(weights, 0)
-    sent = dict.fromkeys(weights, 0)
-    while rig.now_s < 40.0:
-        for tenant in weights:
-            while sent[tenant] - served[tenant] < 100:
-                sent[tenant] += 1
-                tenants[len(tenants) + 1] = tenant
-                rig.arrive(len(tenants), "a", tenant=tenant)
-        before = len(rig.order)
-        rig.end_one()
-        for number in rig.order[before:]:
-            served[tenants[number]] += 1
-    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+    settings = Settings(1000, patience_s=1.0, weights=GOLD_AND_PLAIN)
+    done = served(
+        enclave({"a": slow}, settings=settings), 40.0, 100, dict.fromkeys(GOLD_AND_PLAIN, "a")
+    )
+    assert done["gold"] / done["plain"] == pytest.approx(2.0, rel=0.1)
 
 
 def test_tenants_of_different_models_get_their_shares() -> None:
-    weights = {"gold": 2.0, "plain": 1.0}
-    rig = enclave({"a": SMALL, "b": SMALL}, settings=Settings(1000, weights=weights))
-    models = {"gold": "a", "plain": "b"}
-    tenants: dict[int, str] = {}
-    served = dict.fromkeys(weights, 0)
-    sent = dict.fromkeys(weights, 0)
-    while rig.now_s < 10.0:
-        for tenant in weights:
-            while sent[tenant] - served[tenant] < 200:
-                sent[tenant] += 1
-                tenants[len(tenants) + 1] = tenant
-                rig.arrive(len(tenants), models[tenant], tenant=tenant)
-        before = len(rig.order)
-        rig.end_one()
-        for number in rig.order[before:]:
-            served[tenants[number]] += 1
-    assert served["gold"] / served["plain"] == pytest.approx(2.0, rel=0.1)
+    settings = Settings(1000, weights=GOLD_AND_PLAIN)
+    rig = enclave({"a": SMALL, "b": SMALL}, settings=settings)
+    done = served(rig, 10.0, 200, {"gold": "a", "plain": "b"})
+    assert done["gold"] / done["plain"] == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_cold_model_of_several_stages_does_not_starve_beside_a_hot_one() -> None:
