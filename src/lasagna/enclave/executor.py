@@ -105,10 +105,10 @@ class Job:
         course: what was announced to the weights.
         inputs: the input slot that holds the opened rows; None when none is kept apart.
         opened: whether sealed rows are in enclave memory already.
-        open_s: seconds that opening took.
+        open_s: processor seconds that opening took; seal_s: and sealing.
         queued_at: when it began to wait for a compute thread.
         wait_s: seconds that it waited.
-        copy_s: seconds of copying from and to cuts; compute_s, stall_s, seal_s: of those.
+        copy_s: seconds of copying from and to cuts; compute_s, stall_s: of those.
     """
 
     command: Run
@@ -217,8 +217,10 @@ def run_job(job: Job, lane: Lane, requests: Requests) -> tuple[PartResult, ...]:
         _gather(job, lane, requests)
         job.copy_s += job.span(thread, "gather", begin) - begin
     elif not job.opened:
+        cpu = time.thread_time()
         open_sealed(job, lane)
-        job.open_s += job.span(thread, "open", begin) - begin
+        job.open_s += time.thread_time() - cpu
+        job.span(thread, "open", begin)
     if job.parts():
         _compute(job, lane, thread)
     begin = time.perf_counter()
@@ -232,8 +234,10 @@ def run_job(job: Job, lane: Lane, requests: Requests) -> tuple[PartResult, ...]:
         )
         job.copy_s += job.span(thread, "gather", begin) - begin
         return results
+    cpu = time.thread_time()
     results = _seal(job, places, requests)
-    job.seal_s = job.span(thread, "seal", begin) - begin
+    job.seal_s = time.thread_time() - cpu
+    job.span(thread, "seal", begin)
     return results
 
 

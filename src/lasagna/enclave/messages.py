@@ -274,7 +274,8 @@ class Timings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``wait_s`` is for a compute thread, ``stall_s`` for weights that were not there yet, on the
     thread that ran it, with those that it loaded ahead then; ``copy_s`` from and to the cuts.
-    ``load_bytes`` were decrypted by all threads in ``load_s`` since the last reply.
+    ``load_bytes`` were decrypted by all threads in ``load_s`` since the last reply. ``open_s``,
+    ``seal_s`` and ``load_s`` are of the processor: what others do beside them doesn't count.
     """
 
     open_s: float

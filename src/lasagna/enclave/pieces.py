@@ -136,7 +136,7 @@ class Courses:
 
 @dataclass(slots=True)
 class LoadCounters:
-    """What loading has cost so far: slices, bytes, and seconds of all threads that decrypt."""
+    """What loading has cost so far: slices, bytes, and processor seconds of all threads."""
 
     loads: int = 0
     loaded_bytes: int = 0

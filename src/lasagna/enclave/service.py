@@ -301,14 +301,14 @@ class Enclave:
         sealed = {part.sealed is not None for part in command.parts}
         if len(sealed) > 1 or (command.first == 0 and sealed == {False}):
             raise InvalidInputError("rows of one run come all sealed, or all from a cut")
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         requests = open_requests(self._requests, command, model)
         job = Job(command, arrangement, model, requests, rows)
         if command.first == 0 and slots:
             job.inputs = self._free_slots.get()
             open_sealed(job, None)
         job.queued_at = job.span("main", "open", start)
-        job.open_s += job.queued_at - start
+        job.open_s += time.thread_time() - cpu
         job.course = arrangement.weights.announce(
             model.base + command.first, model.base + command.last
         )

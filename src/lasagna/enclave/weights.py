@@ -101,7 +101,7 @@ class Weights:
             BudgetError: there is no memory for it.
             PackageError: a chunk does not open.
         """
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         facts = self.pieces[piece]
         memory = self.pool.take(facts.size)
         try:
@@ -115,8 +115,9 @@ class Weights:
             self._pinned[piece] = slot
             self._ring.stay(piece, slot)
             self._wake()
-            self.counters.load_s += time.perf_counter() - start
-            self._count(piece)
+            self.counters.load_s += time.thread_time() - cpu
+            self.counters.loaded_bytes += facts.size
+            self.counters.loads += 1
         self._span("loader", "pin", start, piece)
         return memory
 
@@ -304,14 +305,16 @@ class Weights:
 
     def _fill(self, slot: Slot, piece: int, chunk: int, staging: Memory, who: str) -> None:
         """Decrypt one chunk of a piece into its slot, and note how that went."""
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         error: PackageError | None = None
+        size = 0
         try:
-            self._decrypt(piece, chunk, slot.memory, staging)
+            size = self._decrypt(piece, chunk, slot.memory, staging)
         except PackageError as found:
             error = found.again()  # its traceback would keep the memory of this arrangement
         with self._changed:
-            self.counters.load_s += time.perf_counter() - start
+            self.counters.load_s += time.thread_time() - cpu
+            self.counters.loaded_bytes += size
             slot.missing -= 1
             if error is not None:
                 slot.error = error
@@ -320,18 +323,16 @@ class Weights:
                 slot.next_chunk = chunks
             if slot.missing == 0:
                 if slot.error is None:
-                    self._count(piece)
+                    self.counters.loads += 1
                 self._changed.notify_all()
         self._span(who, "load", start, piece)
 
-    def _decrypt(self, piece: int, chunk: int, memory: Memory, staging: Memory) -> None:
+    def _decrypt(self, piece: int, chunk: int, memory: Memory, staging: Memory) -> int:
+        """Bytes that were decrypted."""
         facts = self.pieces[piece]
         section, index, begin, end = facts.chunks[chunk]
         facts.package.decrypt_chunk(section, index, staging, memory[begin:end].data)
-
-    def _count(self, piece: int) -> None:
-        self.counters.loads += 1
-        self.counters.loaded_bytes += self.pieces[piece].size
+        return end - begin
 
     def _wait(self) -> None:
         """Until something changes. Called with the lock held."""
