@@ -179,11 +179,16 @@ def test_what_a_run_seals_is_within_the_budget_of_its_keys(
 def test_time_is_charged_once_whether_a_request_waits_or_is_opened(
     squeezenet: Sealed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compute thread that opens the inputs itself is not waited for meanwhile."""
+    """A compute thread that opens the inputs itself is not waited for meanwhile.
+
+    Opening counts in processor seconds, as it would in a profile: not what others take beside it.
+    """
     real = executor.open_sealed
 
     def slow(*rest: Any) -> None:
-        time.sleep(0.1)
+        end_s = time.thread_time() + 0.1
+        while time.thread_time() < end_s:
+            pass
         real(*rest)
 
     monkeypatch.setattr(executor, "open_sealed", slow)
@@ -205,8 +210,7 @@ def test_time_is_charged_once_whether_a_request_waits_or_is_opened(
     times = reply.timings
     assert times.open_s >= 0.1
     assert 0.2 <= times.wait_s < 0.29
-    parts_s = times.open_s + times.compute_s + times.stall_s + times.copy_s + times.seal_s
-    assert 0.5 * took_s < parts_s <= took_s
+    assert times.open_s + times.compute_s + times.stall_s + times.copy_s + times.seal_s <= took_s
 
 
 class Failing:
