@@ -1,0 +1,342 @@
+"""The global task balancer: which servers a request goes through. Pure: events in, commands out.
+
+A route is a chain of parts, from the model's first slice through its last. The ``earliest`` rule
+takes the one whose answer is expected first: a dynamic program over the cuts at which parts begin,
+in which a part takes
+
+    carrying the request there + waiting for what is before it + going through
+
+The wait is what the balancer believes of the server: a leaky bucket that its own requests fill, by
+the work that each means when batches are full, that drains by a second each second, and that every
+report of the server sets right. So the belief is wrong by what others have sent to that server
+since it was measured, which ``Beliefs.age_s`` bounds: no more than arrives in the reporting period
+and the delay of a report, and no more than that much time can drain.
+
+The other rules are for comparison. They choose hop by hop, and know less.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, assert_never
+
+from lasagna.errors import UsageError
+from lasagna.policy.balancer_events import (
+    Asked,
+    BalancerCommand,
+    BalancerEvent,
+    Dispatch,
+    Ended,
+    Passed,
+    Reject,
+    Replaced,
+    Reported,
+    ServerBack,
+    ServerLost,
+)
+from lasagna.policy.cluster import Cluster, Part, Server, carry_s, sliced
+from lasagna.policy.placed import PartCosts, Placement, connected
+
+SENDS_KEPT: Final = 10_000
+"""Requests of a server that are remembered until its next report."""
+
+
+@dataclass(slots=True, eq=False)
+class Belief:
+    """What is believed of one server.
+
+    Attributes:
+        server: that it is about.
+        alive: whether requests may be sent there.
+        outstanding: requests that are on their way to it or in it.
+        factor: by which it is slower than predicted.
+        measured_s: when the last report was measured.
+    """
+
+    server: Server
+    alive: bool = True
+    outstanding: int = 0
+    factor: float = 1.0
+    measured_s: float = float("-inf")
+    _level_s: float = 0.0
+    _at_s: float = 0.0
+    _sends: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SENDS_KEPT))
+
+    def backlog_s(self, now_s: float) -> float:
+        """Seconds of work before a request that comes in then."""
+        return max(0.0, self._level_s - max(0.0, now_s - self._at_s))
+
+    def send(self, arrives_s: float, work_s: float) -> None:
+        """A request will come in there, and mean so much work."""
+        self._sends.append((arrives_s, work_s))
+        self._fill(arrives_s, work_s)
+
+    def report(self, measured_s: float, backlog_s: float, factor: float) -> None:
+        """It was so; what was sent since then comes on top."""
+        if measured_s < self.measured_s:
+            return  # overtaken on its way
+        self.measured_s, self.factor = measured_s, factor
+        self._level_s, self._at_s = backlog_s, measured_s
+        while self._sends and self._sends[0][0] <= measured_s:
+            self._sends.popleft()
+        for arrives_s, work_s in self._sends:
+            self._fill(arrives_s, work_s)
+
+    def age_s(self, now_s: float) -> float:
+        """Seconds since the last report was measured: what others did since is not known."""
+        return now_s - self.measured_s
+
+    def empty(self) -> None:
+        """It has begun anew."""
+        self._level_s = 0.0
+        self._sends.clear()
+
+    def _fill(self, at_s: float, work_s: float) -> None:
+        self._level_s = self.backlog_s(at_s) + work_s
+        self._at_s = max(self._at_s, at_s)
+
+
+@dataclass(slots=True, eq=False)
+class _Network:
+    """The parts of one model, by the cut at which they begin."""
+
+    slices: int
+    begins: dict[int, list[tuple[Part, PartCosts]]] = field(default_factory=dict)
+
+
+Rule = Callable[["Balancer", _Network, Asked], "tuple[tuple[Part, ...], float] | None"]
+
+
+class Balancer:
+    """One balancer over a cluster. ``handle`` is the only thing that changes it."""
+
+    def __init__(self, cluster: Cluster, placement: Placement, rule: str = "earliest") -> None:
+        """Nothing is under way, and all servers are believed idle.
+
+        Args:
+            cluster: with every server that the placement names.
+            placement: that is in force.
+            rule: how routes are chosen, one of ``RULES``.
+
+        Raises:
+            UsageError: there is no such rule.
+        """
+        if rule not in RULES:
+            raise UsageError(f"there is no rule {rule!r}; choose {', '.join(RULES)}")
+        self._slices = {name: len(sliced(forms).slices) for name, forms in cluster.models.items()}
+        self._choose = RULES[rule]
+        self.servers = {server.name: Belief(server) for server in cluster.servers}
+        self._networks: dict[str, _Network] = {}
+        self._turns: dict[tuple[str, int], int] = {}
+        self._routes: dict[int, tuple[tuple[Part, ...], int]] = {}
+        self._asked: dict[int, Asked] = {}
+        self._placement = placement
+        self._take(placement)
+
+    @property
+    def placement(self) -> Placement:
+        """That requests are sent by now."""
+        return self._placement
+
+    def handle(self, event: BalancerEvent) -> list[BalancerCommand]:
+        """Take note of a fact; what has to be done now, in this order."""
+        match event:
+            case Asked():
+                return [self._ask(event)]
+            case Passed(_, request, hop):
+                self._passed(request, hop + 1)
+            case Ended(_, request):
+                self._ended(request)
+            case Reported():
+                belief = self.servers[event.server]
+                belief.report(event.measured_s, event.backlog_s, event.factor)
+            case ServerLost():
+                return self._lost(event)
+            case ServerBack(_, server):
+                self.servers[server].alive = True
+                self._take(self._placement)
+            case Replaced(_, placement):
+                self._take(placement)
+            case _:
+                assert_never(event)
+        return []
+
+    def candidates(self, network: _Network, cut: int) -> list[tuple[Part, PartCosts]]:
+        """Parts that begin at a cut, on servers that are there."""
+        return network.begins.get(cut, [])
+
+    def turn(self, model: str, cut: int) -> int:
+        """Counts from 0, for each model and cut."""
+        count = self._turns.get((model, cut), 0)
+        self._turns[model, cut] = count + 1
+        return count
+
+    def _take(self, placement: Placement) -> None:
+        self._placement = placement
+        alive = [part for part in placement.parts if self.servers[part.server].alive]
+        self._networks = {}
+        for model, parts in connected(alive, self._slices).items():
+            network = self._networks[model] = _Network(self._slices[model])
+            for part in parts:
+                network.begins.setdefault(part.first, []).append((part, placement.parts[part]))
+
+    def _ask(self, event: Asked) -> BalancerCommand:
+        network = self._networks.get(event.model)
+        if network is None:
+            return Reject(event.request, 0.0, f"no model {event.model!r} is served here")
+        found = self._choose(self, network, event)
+        if found is None:
+            return Reject(event.request, 1.0, f"no servers have all of {event.model!r} now")
+        route, expected_s = found
+        if event.deadline_s is not None and expected_s > event.deadline_s:
+            late_s = expected_s - event.deadline_s
+            return Reject(event.request, late_s, f"it would be answered {late_s:.3g} s too late")
+        self._note(event, route)
+        self._asked[event.request] = event
+        return Dispatch(event.request, route, expected_s)
+
+    def _note(self, event: Asked, route: tuple[Part, ...]) -> None:
+        """Believe what the route's servers will have to do."""
+        self._routes[event.request] = route, 0
+        self.servers[route[0].server].outstanding += 1
+        now_s, before = event.at_s, None
+        for part in route:
+            costs, belief = self._placement.parts[part], self.servers[part.server]
+            now_s += carry_s(costs.in_bytes * event.rows, before, belief.server)
+            begins_s = now_s + belief.backlog_s(now_s)
+            belief.send(now_s, costs.work_s * belief.factor * event.rows)
+            now_s, before = begins_s + costs.through_s * belief.factor, belief.server
+
+    def _passed(self, request: int, hop: int) -> None:
+        """The request is on its way to the part with this number."""
+        if request not in self._routes:
+            return
+        route, at = self._routes[request]
+        self.servers[route[at].server].outstanding -= 1
+        if hop < len(route):
+            self._routes[request] = route, hop
+            self.servers[route[hop].server].outstanding += 1
+        else:
+            del self._routes[request], self._asked[request]
+
+    def _ended(self, request: int) -> None:
+        if request in self._routes:
+            self._passed(request, len(self._routes[request][0]))
+
+    def _lost(self, event: ServerLost) -> list[BalancerCommand]:
+        """Requests that are there, or were to go there, are sent anew from the beginning."""
+        belief = self.servers[event.server]
+        belief.alive = False
+        belief.empty()
+        self._take(self._placement)
+        again = [
+            self._asked[request]
+            for request, (route, at) in self._routes.items()
+            if any(part.server == event.server for part in route[at:])
+        ]
+        for asked in again:
+            self._ended(asked.request)
+        return [
+            self._ask(
+                Asked(
+                    event.at_s,
+                    asked.request,
+                    asked.model,
+                    asked.draw,
+                    asked.rows,
+                    asked.deadline_s,
+                )
+            )
+            for asked in again
+        ]
+
+
+def _earliest(
+    balancer: Balancer, network: _Network, event: Asked
+) -> tuple[tuple[Part, ...], float] | None:
+    """The route whose answer is expected first; ties go to the part with more of the plan's flow.
+
+    Labels are kept by the cut reached and the server that holds it: where a request is decides
+    what carrying it on costs.
+    """
+    reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
+    best: tuple[float, float, tuple[Part, ...]] | None = None
+    for cut in sorted(network.begins):
+        here = [(server, *label) for (at, server), label in reached.items() if at == cut]
+        for part, costs in network.begins[cut]:
+            belief = balancer.servers[part.server]
+            for server, time_s, route in here:
+                before = balancer.servers[server].server if server else None
+                comes_s = time_s + carry_s(costs.in_bytes * event.rows, before, belief.server)
+                ends_s = comes_s + belief.backlog_s(comes_s)
+                ends_s += belief.factor * (costs.through_s + (event.rows - 1) * costs.work_s)
+                longer = (*route, part)
+                if part.last == network.slices:
+                    ends_s += carry_s(costs.out_bytes * event.rows, belief.server, None)
+                    if best is None or (ends_s, -costs.rate) < best[:2]:
+                        best = ends_s, -costs.rate, longer
+                    continue
+                known = reached.get((part.last, part.server))
+                if known is None or ends_s < known[0]:
+                    reached[part.last, part.server] = ends_s, longer
+    return None if best is None else (best[2], best[0])
+
+
+def _hop_by_hop(
+    pick: Callable[[Balancer, list[tuple[Part, PartCosts]], Asked, int], Part],
+) -> Rule:
+    """A rule that chooses among the parts at each cut, and doesn't reckon."""
+
+    def rule(
+        balancer: Balancer, network: _Network, event: Asked
+    ) -> tuple[tuple[Part, ...], float] | None:
+        route: list[Part] = []
+        cut = 0
+        while cut < network.slices:
+            parts = network.begins.get(cut)
+            if not parts:
+                return None
+            route.append(pick(balancer, parts, event, len(route)))
+            cut = route[-1].last
+        return tuple(route), float("nan")
+
+    return rule
+
+
+def _in_turn(balancer: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, _: int) -> Part:
+    return parts[balancer.turn(event.model, parts[0][0].first) % len(parts)][0]
+
+
+def _drawn(draw: float, hop: int, choices: int) -> int:
+    """A choice for each hop from one draw: its digits in a number system of that base."""
+    for _ in range(hop):
+        draw = draw * choices % 1.0
+    return int(draw * choices)
+
+
+def _at_random(_: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, hop: int) -> Part:
+    return parts[_drawn(event.draw, hop, len(parts))][0]
+
+
+def _least(balancer: Balancer, parts: list[tuple[Part, PartCosts]], _: Asked, __: int) -> Part:
+    return min(parts, key=lambda one: balancer.servers[one[0].server].outstanding)[0]
+
+
+def _two_choices(
+    balancer: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, hop: int
+) -> Part:
+    """The less busy of two drawn at random (Mitzenmacher, 2001)."""
+    drawn = [parts[_drawn(event.draw, 2 * hop + n, len(parts))] for n in range(2)]
+    return _least(balancer, drawn, event, hop)
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "earliest": _earliest,
+    "round-robin": _hop_by_hop(_in_turn),
+    "random": _hop_by_hop(_at_random),
+    "least-outstanding": _hop_by_hop(_least),
+    "power-of-two": _hop_by_hop(_two_choices),
+}
+"""How routes may be chosen."""

@@ -1,0 +1,349 @@
+"""Which slice lives on which server: placement for the most load, or for the shortest wait.
+
+Candidates are columns (``policy.columns``): parts with batch sizes, pinned or streamed. First a
+linear program without memory limits (``policy.flow.relaxed``) says what no choice of columns can
+exceed, and which columns are worth having. Its answer is rounded to whole servers. Then a few
+servers at a time are chosen anew by a small mixed-integer program, with the others as they are,
+until that no longer helps or the time is over. Small clusters are given to the integer program
+whole; with all columns and no limit of time it is exact, which the tests of the fast way use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster, Part, sliced
+from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
+from lasagna.policy.flow import (
+    Choice,
+    Flows,
+    Objective,
+    chosen,
+    fits,
+    place,
+    relaxed,
+)
+from lasagna.policy.placed import Placement, connected
+from lasagna.policy.promise import bound_of, lengths_of, placement_of
+
+NEAR: Final = 24
+"""Columns of each kind of server that the integer programs choose from, beside the needed ones."""
+SMALL: Final = 200
+"""Columns times servers that one integer program is given whole."""
+TOGETHER: Final = 400
+"""Columns of all servers that are chosen anew together, beyond two servers."""
+FRUITLESS: Final = 12
+"""Rounds without gain after which the search ends."""
+GAIN: Final = 1e-4
+"""Share of the objective that counts as gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How a plan is to be made.
+
+    Attributes:
+        objective: ``throughput``, the most load at the demand's mix; or ``latency``, the least mean
+            time of a request at the demand itself, if it can be served at all.
+        time_limit_s: by the clock that is handed in, at about which the search ends.
+        exact: choose among all columns at once, until nothing better can exist.
+    """
+
+    objective: Objective = "throughput"
+    time_limit_s: float = 10.0
+    exact: bool = False
+
+
+def plan_cluster(
+    cluster: Cluster,
+    options: PlanOptions | None = None,
+    *,
+    clock: Callable[[], float] = lambda: 0.0,
+    begin: Choice | None = None,
+    moving: Mapping[tuple[int, Column], float] | None = None,
+) -> Placement:
+    """Plan where the models' slices live.
+
+    Args:
+        cluster: servers, models and the expected load.
+        options: what is wanted.
+        clock: seconds of a steady clock; one that stands still for a search without limit of time.
+        begin: columns to begin with, instead of rounding.
+        moving: what having a column on a server (by its number) costs of the objective.
+
+    Raises:
+        BudgetError: some model fits on no servers, or no plan keeps the latency limits.
+    """
+    options = options or PlanOptions()
+    return _Search(cluster, options, clock, moving or {}).run(begin)
+
+
+@dataclass(slots=True)
+class _Search:
+    cluster: Cluster
+    options: PlanOptions
+    clock: Callable[[], float]
+    moving: Mapping[tuple[int, Column], float]
+
+    def run(self, begin: Choice | None) -> Placement:
+        cluster, until_s = self.cluster, self.clock() + self.options.time_limit_s
+        cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
+        columns = columns_of(cluster, cuts)
+        _require_chains(cluster, columns)
+        objective = self.options.objective
+        found = relaxed(cluster, columns, objective)
+        if found is None and objective == "latency":  # too much load: then as much as possible
+            objective, found = "throughput", relaxed(cluster, columns, "throughput")
+        if found is None:
+            raise BudgetError(_late(cluster))
+        most, costs = found
+        near = self._near(columns, most, costs)
+        free = {number: near[kind] for number, kind in enumerate(self._kinds)}
+        if self.options.exact:
+            every = self._every(columns)
+            nothing = Choice(((),) * len(cluster.servers))
+            choice, flows = place(cluster, nothing, every, objective, moving=self.moving)
+        else:
+            choice = begin or self._rounded(columns, most, near, until_s)
+            if objective == "latency" and chosen(cluster, choice, objective) is None:
+                half_s = (self.clock() + until_s) / 2  # first serve all of it, then fast
+                choice, _ = self._improved(choice, free, "throughput", half_s)
+            choice, flows = self._improved(choice, free, objective, until_s)
+            if flows is None:
+                flows = chosen(cluster, choice, "throughput")
+        if flows is None or flows.scale <= 0.0:
+            raise BudgetError(_late(cluster))
+        return placement_of(cluster, flows, bound_of(most, objective))
+
+    @property
+    def _kinds(self) -> list[int]:
+        """Of each server, the number of its kind."""
+        kinds = kinds_of(self.cluster.servers)
+        numbers = {server.kind: number for number, server in enumerate(kinds)}
+        return [numbers[server.kind] for server in self.cluster.servers]
+
+    def _every(self, columns: Sequence[Column]) -> dict[int, list[Column]]:
+        """Of each server, all columns that it may have."""
+        kinds = enumerate(self._kinds)
+        return {number: [c for c in columns if c.kind == kind] for number, kind in kinds}
+
+    def _near(
+        self, columns: Sequence[Column], most: Flows, costs: Mapping[Column, float]
+    ) -> dict[int, list[Column]]:
+        """Of each kind of server, the columns that are worth choosing from.
+
+        Those that the linear program uses; of the parts between any two of its cuts the quickest
+        and the leanest; and those that would cost it least.
+        """
+        used = {column for _, column in most.rates}
+        ends = {name: {0, length} for name, length in lengths_of(self.cluster).items()}
+        for column in used:
+            ends[column.model] |= {column.first, column.last}
+        found: dict[int, list[Column]] = {}
+        for kind in sorted({column.kind for column in columns}):
+            parts: dict[tuple[str, int, int], list[Column]] = {}
+            for column in columns:
+                if column.kind == kind:
+                    key = (column.model, column.first, column.last)
+                    parts.setdefault(key, []).append(column)
+            wanted: list[Column] = []
+            for (model, first, last), ways in parts.items():
+                if {first, last} <= ends[model]:
+                    wanted += [column for column in ways if column in used]
+                    wanted += [ways[0], min(ways, key=lambda c: c.alone_bytes)]
+            every = (column for ways in parts.values() for column in ways)
+            cheap = sorted(every, key=lambda column: costs[column] / column.work_s)
+            found[kind] = list(dict.fromkeys((*wanted, *cheap[:NEAR])))
+        return found
+
+    def _rounded(
+        self,
+        columns: Sequence[Column],
+        most: Flows,
+        near: Mapping[int, Sequence[Column]],
+        until_s: float,
+    ) -> Choice:
+        """Whole servers for the shares of time of the linear program, the largest first.
+
+        If some model has no chain then, each gets a lean one first, and the shares come on top;
+        where even that fails, an integer program looks for any solution.
+        """
+        servers = self.cluster.servers
+        plain = self._shared_out(most, near, [[] for _ in servers])
+        if not self._unserved(plain):
+            return plain
+        lean = self._lean(columns)
+        if lean is not None:
+            return self._shared_out(most, near, lean)
+        every = self._every(columns)
+        left_s = max(1.0, until_s - self.clock())
+        plain, flows = place(self.cluster, plain, every, "throughput", limit_s=left_s, gap=0.1)
+        if flows is None or flows.scale <= 0.0:
+            names = ", ".join(map(repr, self._unserved(plain)))
+            raise BudgetError(f"the servers have no memory for {names} beside the other models")
+        return plain
+
+    def _shared_out(
+        self, most: Flows, near: Mapping[int, Sequence[Column]], placed: list[list[Column]]
+    ) -> Choice:
+        cluster = self.cluster
+        busy = [0.0 for _ in cluster.servers]
+        for kind, server in enumerate(kinds_of(cluster.servers)):
+            members = [n for n, one in enumerate(cluster.servers) if one.kind == server.kind]
+            shares = [(r * c.work_s, c) for (k, c), r in most.rates.items() if k == kind]
+            for share, column in sorted(shares, key=lambda one: (-one[0], one[1].model)):
+                ways = [column, *(c for c in near[kind] if _same_part(c, column))]
+                for piece in (*[1.0] * int(share), share % 1.0):
+                    if piece > 1e-6:
+                        self._put(piece, ways, members, placed, busy)
+        return Choice(tuple(map(tuple, placed)))
+
+    def _put(
+        self,
+        piece: float,
+        ways: Sequence[Column],
+        members: Sequence[int],
+        placed: list[list[Column]],
+        busy: list[float],
+    ) -> None:
+        """Where there is most time left for it, in the first way that there is memory for."""
+        for number in sorted(members, key=lambda n: (busy[n] + piece > 1.001, busy[n])):
+            for column in ways:
+                if fits(self.cluster.servers[number], [*placed[number], column]):
+                    placed[number].append(column)
+                    busy[number] += piece
+                    return
+
+    def _unserved(self, choice: Choice) -> list[str]:
+        parts = (
+            Part(column.model, column.first, column.last, server.name)
+            for server, here in zip(self.cluster.servers, choice.columns, strict=True)
+            for column in here
+        )
+        found = connected(parts, lengths_of(self.cluster))
+        return [model for model, chain in found.items() if not chain]
+
+    def _lean(self, columns: Sequence[Column]) -> list[list[Column]] | None:
+        """A chain of each model in as little memory as it takes, the largest models first.
+
+        None where it can't see one: it takes the longest part that fits, and never goes back.
+        """
+        cluster = self.cluster
+        kinds = self._kinds
+        lengths = lengths_of(cluster)
+        leanest: dict[tuple[str, int, int, int], Column] = {}
+        for column in columns:
+            key = (column.model, column.first, column.last, column.kind)
+            known = leanest.get(key)
+            if known is None or column.alone_bytes < known.alone_bytes:
+                leanest[key] = column
+        placed: list[list[Column]] = [[] for _ in cluster.servers]
+        for model in sorted(lengths, key=lambda name: (-lengths[name], name)):
+            at = 0
+            while at < lengths[model]:
+                best: tuple[int, int, int] | None = None
+                for number, kind in enumerate(kinds):
+                    for last in range(lengths[model], at, -1):
+                        lean = leanest.get((model, at, last, kind))
+                        here = placed[number]
+                        if lean is not None and fits(cluster.servers[number], [*here, lean]):
+                            rank = (last, -len(here), -number)
+                            best = rank if best is None else max(best, rank)
+                            break
+                if best is None:
+                    return None
+                last, _, number = best[0], best[1], -best[2]
+                placed[number].append(leanest[model, at, last, kinds[number]])
+                at = last
+        return placed
+
+    def _improved(
+        self,
+        choice: Choice,
+        free: Mapping[int, Sequence[Column]],
+        objective: Objective,
+        until_s: float,
+    ) -> tuple[Choice, Flows | None]:
+        """The choice after a search around it."""
+        cluster = self.cluster
+        flows = chosen(cluster, choice, objective)
+        if sum(map(len, free.values())) <= SMALL:
+            left_s = max(0.1, until_s - self.clock())
+            better, reached = place(
+                cluster, choice, free, objective, limit_s=left_s, gap=GAIN, moving=self.moving
+            )
+            if reached is not None and (flows is None or reached.objective > flows.objective):
+                return better, reached
+            return choice, flows
+        value = self._value(choice, flows)
+        fruitless = turn = 0
+        while fruitless < FRUITLESS and self.clock() < until_s:
+            group = self._group(flows, free, turn)
+            turn += 1
+            here = {n: tuple(dict.fromkeys((*choice.columns[n], *free[n]))) for n in group}
+            better, reached = place(
+                cluster,
+                choice,
+                here,
+                objective,
+                limit_s=max(0.1, min(2.0, until_s - self.clock())),
+                gap=0.005,
+                moving=self.moving,
+            )
+            fruitless += 1
+            if reached is not None and self._value(better, reached) > value + GAIN * abs(value):
+                choice, flows, fruitless = better, reached, 0
+                value = self._value(choice, flows)
+        return choice, flows
+
+    def _value(self, choice: Choice, flows: Flows | None) -> float:
+        """The objective, with what has to be moved."""
+        if flows is None:
+            return -float("inf")
+        moved = sum(
+            self.moving.get((number, column), 0.0)
+            for number, here in enumerate(choice.columns)
+            for column in here
+        )
+        return flows.objective - moved
+
+    def _group(
+        self, flows: Flows | None, free: Mapping[int, Sequence[Column]], turn: int
+    ) -> list[int]:
+        """Servers to choose anew together: each in turn, the least busy first, with busy ones."""
+        count = len(self.cluster.servers)
+        busy = [0.0] * count
+        for (number, column), rate in (flows.rates if flows is not None else {}).items():
+            busy[number] += rate * column.work_s
+        order = sorted(range(count), key=lambda n: (busy[n], n))
+        round_, at = divmod(turn, count)
+        group = [order[at]]
+        for number in (order[-1 - (round_ + n) % count] for n in range(count)):
+            columns = sum(len(free[one]) for one in (*group, number))
+            if number not in group and (len(group) == 1 or columns <= TOGETHER):
+                group.append(number)
+        return group
+
+
+def _same_part(one: Column, other: Column) -> bool:
+    return (one.model, one.first, one.last) == (other.model, other.first, other.last)
+
+
+def _require_chains(cluster: Cluster, columns: Sequence[Column]) -> None:
+    parts = {Part(c.model, c.first, c.last, "") for c in columns}
+    for model, chain in connected(parts, lengths_of(cluster)).items():
+        if not chain:
+            raise BudgetError(
+                f"{model!r} can't be placed: a part of it fits on none of the servers, not even "
+                "alone and streamed. Seal it with smaller --slice-bytes, or give a server more EPC"
+            )
+
+
+def _late(cluster: Cluster) -> str:
+    limits = ", ".join(f"{name} {s * 1000:.3g} ms" for name, s in cluster.limits_s.items())
+    return (
+        f"no placement keeps the latency limits ({limits})" if limits else "nothing can be served"
+    )

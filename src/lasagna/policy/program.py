@@ -1,0 +1,121 @@
+"""A linear or mixed-integer program, built row by row and solved by HiGHS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import highspy
+import numpy as np
+
+INFINITE: Final = float("inf")
+NO_LIMIT_S: Final = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A solution.
+
+    Attributes:
+        objective: that it reaches.
+        bound: that no solution exceeds.
+        values: of the variables.
+        reduced: cost of each variable at the optimum of a linear program: how much the objective
+            would lose by one more of it; empty for integer ones.
+    """
+
+    objective: float
+    bound: float
+    values: Sequence[float]
+    reduced: Sequence[float]
+
+
+@dataclass(slots=True)
+class Program:
+    """Maximise a sum over variables within rows."""
+
+    _costs: list[float] = field(default_factory=list)
+    _lower: list[float] = field(default_factory=list)
+    _upper: list[float] = field(default_factory=list)
+    _integers: list[int] = field(default_factory=list)
+    _rows: list[tuple[float, float]] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=lambda: [0])
+    _indices: list[int] = field(default_factory=list)
+    _values: list[float] = field(default_factory=list)
+
+    def variable(
+        self,
+        gain: float = 0.0,
+        lower: float = 0.0,
+        upper: float = INFINITE,
+        *,
+        integer: bool = False,
+    ) -> int:
+        """A new variable, with what one of it adds to the objective; its number."""
+        if integer:
+            self._integers.append(len(self._costs))
+        self._costs.append(gain)
+        self._lower.append(lower)
+        self._upper.append(upper)
+        return len(self._costs) - 1
+
+    def row(self, terms: Sequence[tuple[int, float]], lower: float, upper: float) -> None:
+        """The sum of these variables, each times its factor, is from lower to upper."""
+        for index, value in terms:
+            self._indices.append(index)
+            self._values.append(value)
+        self._starts.append(len(self._indices))
+        self._rows.append((lower, upper))
+
+    def solve(
+        self, *, limit_s: float = NO_LIMIT_S, gap: float = 0.0, start: Sequence[float] = ()
+    ) -> Solved | None:
+        """The best solution that is found in the time; None if there is none.
+
+        Args:
+            limit_s: seconds for HiGHS, at most.
+            gap: share of the objective that the solution may fall short of the bound by.
+            start: a solution to begin with, for integer programs.
+        """
+        highs = highspy.Highs()  # type: ignore[no-untyped-call] # its stub lacks the annotation
+        highs.silent()
+        highs.setOptionValue("threads", 1)
+        highs.setOptionValue("random_seed", 1)
+        highs.setOptionValue("time_limit", limit_s)
+        highs.setOptionValue("mip_rel_gap", gap)
+        highs.passModel(self._model())
+        if len(start):
+            given = highspy.HighsSolution()
+            given.col_value = list(start)
+            highs.setSolution(given)
+        highs.run()
+        info, solution = highs.getInfo(), highs.getSolution()
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return None
+        whole = not self._integers
+        return Solved(
+            info.objective_function_value,
+            info.objective_function_value if whole else info.mip_dual_bound,
+            list(solution.col_value),
+            list(solution.col_dual) if whole else [],
+        )
+
+    def _model(self) -> highspy.HighsLp:
+        model = highspy.HighsLp()
+        model.num_col_, model.num_row_ = len(self._costs), len(self._rows)
+        model.sense_ = highspy.ObjSense.kMaximize
+        model.col_cost_ = np.array(self._costs)
+        model.col_lower_, model.col_upper_ = np.array(self._lower), np.array(self._upper)
+        bounds = np.array(self._rows).reshape(-1, 2)
+        model.row_lower_, model.row_upper_ = bounds[:, 0].copy(), bounds[:, 1].copy()
+        model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        model.a_matrix_.start_ = np.array(self._starts)
+        model.a_matrix_.index_ = np.array(self._indices)
+        model.a_matrix_.value_ = np.array(self._values)
+        if self._integers:
+            kinds = [highspy.HighsVarType.kContinuous] * len(self._costs)
+            for index in self._integers:
+                kinds[index] = highspy.HighsVarType.kInteger
+            model.integrality_ = kinds
+        return model

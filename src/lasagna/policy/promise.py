@@ -1,0 +1,90 @@
+"""What a placement promises: parts with their costs, bounds, and predicted times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lasagna.policy.cluster import Cluster, Part, sliced
+from lasagna.policy.columns import Column
+from lasagna.policy.flow import Flows, Objective, latency_of
+from lasagna.policy.placed import Bound, PartCosts, Placement
+
+
+def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:
+    """A choice of columns as a placement; columns that nothing flows through are left out."""
+    parts: dict[Part, PartCosts] = {}
+    busy: dict[str, float] = {}
+    waits: dict[int, float] = {}
+    load = min(1.0, 1.0 / flows.scale) if flows.scale > 0 else 1.0
+    for number, server in enumerate(cluster.servers):
+        here = [(c, r) for (n, c), r in flows.rates.items() if n == number]
+        work = sum(rate * column.work_s for column, rate in here)
+        busy[f"{server.name}'s processors"] = work
+        for way in ("in", "out"):
+            sizes = sum(r * (c.in_bytes if way == "in" else c.out_bytes) for c, r in here)
+            busy[f"{server.name}'s link, {way}"] = sizes / server.bandwidth
+        waits[number] = _wait_s(here, load)
+        for column, rate in here:
+            part = Part(column.model, column.first, column.last, server.name)
+            parts[part] = PartCosts(
+                column.work_s, column.through_s, column.in_bytes, column.out_bytes, rate
+            )
+    total = sum(cluster.demand[name] for name in cluster.wanted)
+    return Placement(
+        parts=dict(sorted(parts.items())),
+        scale=flows.scale,
+        throughput=flows.scale * total,
+        latency_s=_latencies(cluster, flows, waits),
+        bottleneck=max(busy, key=lambda name: busy[name]),
+        bound=bound,
+        ceiling=ceiling_of(cluster),
+    )
+
+
+def bound_of(most: Flows, objective: Objective) -> Bound:
+    """What the linear program says of the scale."""
+    how = "linear program in which each server has its memory for every part in turn"
+    if objective == "latency":
+        return Bound(1.0, "the demand")
+    return Bound(most.scale, how)
+
+
+def ceiling_of(cluster: Cluster) -> Bound:
+    """Load at which all processors do nothing but compute, in batches of the best size."""
+    capacity = sum(
+        min(s.machine.lanes * s.machine.width, s.machine.cores) * s.speed for s in cluster.servers
+    )
+    work_s = sum(
+        cluster.demand[name]
+        * min(
+            sum(min(one.compute_at(rows) / rows for rows in range(1, 33)) for one in form.slices)
+            for form in cluster.models[name]
+        )
+        for name in cluster.wanted
+    )
+    return Bound(capacity / work_s, "all processors compute, and nothing else")
+
+
+def _wait_s(here: Sequence[tuple[Column, float]], load: float) -> float:
+    """Mean seconds before a request's turn: a single queue of runs of equal length (M/D/1)."""
+    busy = min(0.99, load * sum(rate * column.work_s for column, rate in here))
+    total = sum(rate for _, rate in here)
+    mean_s = sum(rate * column.through_s for column, rate in here) / total if total else 0.0
+    return busy / (2 * (1 - busy)) * mean_s
+
+
+def _latencies(cluster: Cluster, flows: Flows, waits: Mapping[int, float]) -> dict[str, float]:
+    if flows.scale < 1.0 - 1e-6:
+        return dict.fromkeys(cluster.wanted, float("inf"))
+    lengths = lengths_of(cluster)
+    found = dict.fromkeys(cluster.wanted, 0.0)
+    for (number, column), rate in flows.rates.items():
+        share = rate / (flows.scale * cluster.demand[column.model])
+        own_s = latency_of(column, cluster.servers[number], lengths[column.model])
+        found[column.model] += share * (own_s + waits[number])
+    return found
+
+
+def lengths_of(cluster: Cluster) -> dict[str, int]:
+    """How many slices each model with demand has."""
+    return {name: len(sliced(cluster.models[name]).slices) for name in cluster.wanted}

@@ -1,0 +1,72 @@
+"""The placement that plans nothing: every server has whole models, as far as its memory goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster, Part, Server, part_of
+from lasagna.policy.columns import Column, columns_of, kinds_of, room_on
+from lasagna.policy.flow import Choice, chosen
+from lasagna.policy.memory import require_fits
+from lasagna.policy.placed import PartCosts, Placement
+from lasagna.policy.promise import bound_of, lengths_of, placement_of
+
+
+def whole_models(cluster: Cluster) -> Placement:
+    """Each server runs whole models: all, or as many as it has memory for, beginning in turn.
+
+    Raises:
+        BudgetError: some model fits on no server.
+    """
+    wanted = cluster.wanted
+    columns = columns_of(cluster, dict.fromkeys(wanted, ()))
+    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    placed: list[tuple[Column, ...]] = []
+    for number, server in enumerate(cluster.servers):
+        ways = [column for column in columns if column.kind == kinds[server.kind]]
+        known = {column.model for column in ways}
+        turn = number * len(wanted) // len(cluster.servers)
+        here: list[str] = []
+        for model in (*wanted[turn:], *wanted[:turn]):
+            if model in known and _fit(cluster, server, [*here, model]):
+                here.append(model)
+        each = room_on(server) // max(1, len(here))
+        placed.append(tuple(_way(ways, model, each) for model in sorted(here)))
+    missing = set(wanted) - {column.model for here in placed for column in here}
+    if missing:
+        raise BudgetError(f"no server has memory for {', '.join(map(repr, sorted(missing)))}")
+    plain = replace(cluster, limits_s={})
+    flows = chosen(plain, Choice(tuple(placed)), "throughput")
+    assert flows is not None, "whole models are chains"
+    lengths = lengths_of(cluster)
+    spare = {
+        Part(column.model, 0, lengths[column.model], server.name): PartCosts(
+            column.work_s, column.through_s, column.in_bytes, column.out_bytes, 0.0
+        )
+        for server, here in zip(cluster.servers, placed, strict=True)
+        for column in here
+    }
+    found = placement_of(cluster, flows, bound_of(flows, "throughput"))
+    return replace(found, parts={**spare, **found.parts})
+
+
+def _fit(cluster: Cluster, server: Server, models: Sequence[str]) -> bool:
+    """Whether the server's own planner finds room for all of them."""
+    lengths = lengths_of(cluster)
+    forms = {name: part_of(cluster.models[name], 0, lengths[name]) for name in models}
+    try:
+        require_fits(forms, server.machine.shapes()[-1])
+    except BudgetError:
+        return False
+    return True
+
+
+def _way(ways: Sequence[Column], model: str, each: int) -> Column:
+    """The quickest in its share of the memory, or else the leanest."""
+    own = [column for column in ways if column.model == model]
+    within = [column for column in own if column.alone_bytes <= each]
+    if within:
+        return min(within, key=lambda column: column.work_s)
+    return min(own, key=lambda column: column.alone_bytes)
