@@ -45,6 +45,16 @@ UNAUDITABLE: Final = frozenset(
     " os.spawnvp os.spawnvpe".split()
 )
 
+# What differs from run to run: the time, addresses, hashes of strings, and numpy's own generator.
+UNREPEATABLE: Final = frozenset(
+    "hash id datetime.datetime.now datetime.datetime.utcnow datetime.datetime.today"
+    " datetime.date.today".split()
+) | {
+    f"numpy.random.{name}"
+    for name in "RandomState choice exponential get_state normal permutation poisson rand randint"
+    " randn random random_sample seed set_state shuffle uniform".split()
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -56,12 +66,15 @@ class Rule:
         libraries: top-level modules from elsewhere that it may import; None for all.
         banned: dotted names that it must neither import nor reach through an import; a builtin's
             name is refused as a call (``open(...)``).
+        repeatable: whether the same arguments must give the same result: every random generator
+            has a seed, and nothing is gone through in the order of a set.
     """
 
     ours: frozenset[str] | None = None
     not_ours: frozenset[str] = frozenset()
     libraries: frozenset[str] | None = None
     banned: frozenset[str] = frozenset()
+    repeatable: bool = False
 
 
 LEAF: Final = frozenset({"units", "errors"})
@@ -89,7 +102,13 @@ RULES: Final[dict[str, Rule]] = {
         libraries=STDLIB | {"cryptography", "msgspec", "numpy", "onnxruntime"},
         banned=UNAUDITABLE,
     ),
-    "sim": Rule(not_ours=frozenset({"server", "cluster"})),
+    "journal": Rule(LEAF | {"policy"}, libraries=PURE | {"msgspec", "pathlib"}),
+    "sim": Rule(
+        not_ours=frozenset({"server", "cluster"}),
+        libraries=PURE | {"msgspec", "numpy", "pathlib"},
+        banned=UNREPEATABLE,
+        repeatable=True,
+    ),
     "server": Rule(not_ours=frozenset({"sim", "models"})),
     "cluster": Rule(not_ours=frozenset({"sim"})),
     "gateway": Rule(not_ours=frozenset({"models"})),
@@ -186,6 +205,25 @@ def complaint(use: Use, part: str, rule: Rule, may_pickle: bool) -> str | None:
     return None
 
 
+def unrepeatable(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Lines that make a random generator without a seed, or go through a set, as far as shows."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=func, args=[], keywords=[]):
+                if (dotted(func) or "").endswith("default_rng"):
+                    yield node.lineno, "a random generator needs a seed"
+            case ast.For(iter=over) | ast.comprehension(iter=over):
+                match over:
+                    case (
+                        ast.Set() | ast.SetComp() | ast.Call(func=ast.Name(id="set" | "frozenset"))
+                    ):
+                        yield over.lineno, "a set is gone through in no order: sort it"
+                    case _:
+                        pass
+            case _:
+                pass
+
+
 def violations(source: Path) -> list[str]:
     """All breaches of RULES below ``source``, as ``path:line: complaint``."""
     found: dict[str, None] = {}  # ordered, without the doubles of a.b.c and its part a.b
@@ -195,9 +233,12 @@ def violations(source: Path) -> list[str]:
         package = ".".join(("lasagna", *inside.parts[:-1]))
         may_pickle = inside.as_posix() == MAY_PICKLE
         rule = RULES.get(part, Rule())
-        for use in uses(ast.parse(path.read_text()), package):
+        tree = ast.parse(path.read_text())
+        for use in uses(tree, package):
             if wrong := complaint(use, part, rule, may_pickle):
                 found[f"{inside}:{use.line}: {wrong}"] = None
+        for line, wrong in unrepeatable(tree) if rule.repeatable else ():
+            found[f"{inside}:{line}: {wrong}"] = None
     return list(found)
 
 
@@ -261,6 +302,16 @@ def test_each_rule_is_about_a_part_of_lasagna(part: str) -> None:
         ("package/a.py", "import lasagna.enclave", "package must not import lasagna.enclave"),
         ("package/a.py", "import onnxruntime", "package must not import onnxruntime"),
         ("sim/a.py", "import lasagna.server.host", "sim must not import lasagna.server"),
+        ("sim/a.py", "import time", "sim must not import time"),
+        ("sim/a.py", "import random", "sim must not import random"),
+        ("sim/a.py", "from os import urandom", "sim must not import os"),
+        ("sim/a.py", "import datetime as d\nd.datetime.now()", "sim must not use datetime"),
+        ("sim/a.py", "import numpy as np\nnp.random.seed(1)", "must not use numpy.random.seed"),
+        ("sim/a.py", "import numpy as np\nnp.random.default_rng()", "needs a seed"),
+        ("sim/a.py", "x.sort(key=f)\nhash('x')", "sim must not use hash"),
+        ("sim/a.py", "for x in {1, 2}: f(x)", "in no order"),
+        ("sim/a.py", "y = [f(x) for x in set(z)]", "in no order"),
+        ("journal.py", "import lasagna.server", "journal must not import lasagna.server"),
         ("server/a.py", "from lasagna.sim import x", "server must not import lasagna.sim"),
         ("cluster/a.py", "from lasagna import sim", "cluster must not import lasagna.sim"),
         ("gateway/a.py", "import lasagna.models", "gateway must not import lasagna.models"),
@@ -295,6 +346,8 @@ def test_checker_finds_a_planted_violation(
         ("package/a.py", "import json, mmap\nfrom lasagna.trust import x"),
         ("server/a.py", "import subprocess\nfrom lasagna.policy import scheduler"),
         ("models/zoo/torch_checkpoint.py", "import pickle"),
+        ("sim/a.py", "import numpy as np\nnp.random.default_rng(1).random()"),
+        ("sim/a.py", "for x in sorted({1, 2}): f(x)"),
         ("cli/a.py", "import importlib\nfrom lasagna import sim, server"),
     ],
 )

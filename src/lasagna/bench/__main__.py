@@ -23,6 +23,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "local": "lasagna.bench.local",
     "epc": "lasagna.bench.epc",
     "overhead": "lasagna.bench.overhead",
+    "plan": "lasagna.bench.plan",
     "policy": "lasagna.bench.policy",
 }
 PARTED: Final = frozenset(["local"])

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from lasagna.cli.costs_file import write_costs
 from lasagna.errors import PackageError, UsageError
 from lasagna.models.draw import draw_slices, slice_picture
 from lasagna.package.format import (
@@ -49,6 +50,13 @@ def inspect(
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the slices into a file.")
     ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what lasagna plan needs of it into a file."),
+    ] = None,
+    measured_on: Annotated[
+        str, typer.Option(metavar="TEXT", help="A note in that file: where it was sealed.")
+    ] = "",
     json_: Annotated[bool, typer.Option("--json", help="Report as JSON.")] = False,
 ) -> None:
     """Show what is in a sealed package.
@@ -67,6 +75,8 @@ def inspect(
             title = _title(package.manifest.name, chosen)
             inner = details.slices if details else None
             draw_slices(png, title, slice_picture(chosen, inner))
+        if costs:
+            write_costs(costs, package.manifest, chosen, measured_on)
         if json_:
             facts = _facts(package, opened is not None, verify)
             facts["variants"] = [

@@ -68,6 +68,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "epc": Command(
         "lasagna.cli.epc:app", "Run any program with an enclave's memory limit, and watch it page."
     ),
+    "plan": Command(
+        "lasagna.cli.plan:plan", "Plan which slices of models live on which servers of a cluster."
+    ),
     "trace": Command("lasagna.cli.trace:trace", "Show what ran when inside an enclave."),
     "insecure-broker": Command(
         "lasagna.cli.broker:insecure_broker",

@@ -79,10 +79,11 @@ class Belief:
             return  # overtaken on its way
         self.measured_s, self.factor = measured_s, factor
         self._level_s, self._at_s = backlog_s, measured_s
-        while self._sends and self._sends[0][0] <= measured_s:
-            self._sends.popleft()
-        for arrives_s, work_s in self._sends:
-            self._fill(arrives_s, work_s)
+        # A request sent later may arrive earlier, by a shorter way: so not only the first are over.
+        coming = [send for send in self._sends if send[0] > measured_s]
+        self._sends.clear()
+        for arrives_s, work_s in coming:
+            self.send(arrives_s, work_s)
 
     def age_s(self, now_s: float) -> float:
         """Seconds since the last report was measured: what others did since is not known."""

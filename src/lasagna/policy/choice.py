@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
-from lasagna.policy.events import Run
 from lasagna.policy.predictions import Predictions
 from lasagna.policy.stages import ROWS
-from lasagna.policy.state import NEVER, ModelState, Request, StageState
+from lasagna.policy.state import NEVER, ModelState, Request, Running, StageState
 
 _OVERDUE, _URGENT, _EFFICIENT = 0.0, 1.0, 2.0
 """Why a visit goes first; the least does."""
@@ -46,21 +45,27 @@ class Choice:
 
     def rests_s(self, model: ModelState) -> list[float]:
         """Seconds that a row takes of the server from each stage to the end, in full batches."""
-        own_s = [self._visit_s(model, one, one.plan.rows) / one.plan.rows for one in model.stages]
-        return list(accumulate(reversed(own_s)))[::-1]
+        if model.rests_s is None:
+            own_s = [
+                self._visit_s(model, one, one.plan.rows) / one.plan.rows for one in model.stages
+            ]
+            model.rests_s = list(accumulate(reversed(own_s)))[::-1]
+        return model.rests_s
 
-    def backlog_s(
-        self, models: Iterable[ModelState], running: Iterable[tuple[Run, ModelState, int, float]]
-    ) -> float:
+    def backlog_s(self, models: Iterable[ModelState], running: Iterable[Running]) -> float:
         """Work of all rows that wait or run, in seconds of the whole server."""
-        total, rests = 0.0, {}
+        total = 0.0
         for model in models:
-            rests[model.name] = rest_s = self.rests_s(model)
-            total += model.outside.rows * rest_s[0] if rest_s else 0.0
-            waiting = (stage.waiting_rows for stage in model.stages)
-            total += sum(rows * left_s for rows, left_s in zip(waiting, rest_s, strict=True))
-        for run, model, index, _ in running:
-            total += sum(part.count for part in run.batch) * rests[model.name][index]
+            rests_s = model.rests_s or self.rests_s(model)
+            if not rests_s:
+                continue
+            total += model.outside.rows * rests_s[0]
+            inside = 0.0
+            for stage, rest_s in zip(model.stages, rests_s, strict=True):
+                inside += stage.waiting_rows * rest_s
+            total += inside
+        for _, model, index, rows in running:
+            total += rows * (model.rests_s or self.rests_s(model))[index]
         return total
 
     def _gather_s(self, model: ModelState, stage: StageState) -> float:
@@ -69,13 +74,22 @@ class Choice:
 
     def row_s(self, model: ModelState) -> float:
         """Seconds that a row takes of the server, when all batches are full."""
-        return sum(
-            self._visit_s(model, stage, stage.plan.rows) / stage.plan.rows for stage in model.stages
-        )
+        if model.row_s is None:
+            model.row_s = sum(
+                self._visit_s(model, stage, stage.plan.rows) / stage.plan.rows
+                for stage in model.stages
+            )
+        return model.row_s
 
     def through_s(self, model: ModelState, index: int) -> float:
         """Seconds that a row needs from this stage to the end, alone."""
-        return sum(self._predictions.alone_s(model, stage, 1) for stage in model.stages[index:])
+        found = model.throughs_s.get(index)
+        if found is None:
+            found = sum(
+                self._predictions.alone_s(model, stage, 1) for stage in model.stages[index:]
+            )
+            model.throughs_s[index] = found
+        return found
 
     def best(
         self,
@@ -97,8 +111,12 @@ class Choice:
         least: tuple[float, ...] = ()
         for model in models:
             for index, stage in enumerate(model.stages):
-                outside = model.outside.rows if admit and not index else 0
-                rows = min(stage.waiting_rows + outside, self._lanes * stage.plan.rows)
+                rows = stage.waiting_rows
+                if admit and not index:
+                    rows += model.outside.rows
+                if not rows:
+                    continue
+                rows = min(rows, self._lanes * stage.plan.rows)
                 if index + 1 < len(model.stages):
                     following = model.stages[index + 1]
                     rows = min(rows, following.capacity - following.held)

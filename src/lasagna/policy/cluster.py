@@ -140,11 +140,14 @@ def part_of(forms: Forms, first: int, last: int, speed: float = 1.0) -> Forms:
 
 def carry_s(size: int, sender: Server | None, receiver: Server | None) -> float:
     """Seconds for so many bytes over links that nothing else uses; None for a client."""
-    ends = [server for server in (sender, receiver) if server is not None]
-    if sender is receiver or not ends:
+    if sender is receiver:
         return 0.0
-    slowest = min(server.bandwidth for server in ends)
-    return size / slowest + sum(server.delay_s for server in ends)
+    if sender is None or receiver is None:
+        end = receiver or sender
+        assert end is not None
+        return size / end.bandwidth + end.delay_s
+    slowest = min(sender.bandwidth, receiver.bandwidth)
+    return size / slowest + (sender.delay_s + receiver.delay_s)
 
 
 def is_chain(parts: Sequence[Part], slices: int) -> bool:

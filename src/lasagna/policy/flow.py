@@ -183,6 +183,7 @@ def place(
     limit_s: float = NO_LIMIT_S,
     gap: float = 0.0,
     moving: Mapping[tuple[int, Column], float] | None = None,
+    known: Flows | None = None,
 ) -> tuple[Choice, Flows | None]:
     """Choose the columns of some servers anew, for the best objective.
 
@@ -194,6 +195,7 @@ def place(
         limit_s: seconds for the solver.
         gap: share of the objective that need not be found.
         moving: what having a column on a server costs of the objective.
+        known: what the choice so far carries, for the solver to begin with.
 
     Returns:
         The choice, and what it carries; the choice so far and None where nothing was found.
@@ -201,6 +203,7 @@ def place(
     built = _Built(cluster, objective)
     rates: list[tuple[int, tuple[int, Column]]] = []
     picks: dict[tuple[int, Column], int] = {}
+    held: dict[int, tuple[int, int]] = {}
     for number, server in enumerate(cluster.servers):
         here = tuple(free[number]) if number in free else choice.columns[number]
         used = []
@@ -215,10 +218,20 @@ def place(
                 built.program.row([(rate, 1.0), (pick, -most)], -float("inf"), 0.0)
                 picks[number, column] = pick
         if number in free:
-            _remember(built.program, server, {c: picks[number, c] for c in here})
+            own = {column: picks[number, column] for column in here}
+            held[number] = _remember(built.program, server, own)
         built.limit(used, server, 1)
     built.connect()
-    solved = built.program.solve(limit_s=limit_s, gap=gap)
+    start: dict[int, float] = {}
+    if known is not None and objective == "throughput":
+        start = {built.scale: known.scale}
+        start |= {rate: known.rates.get((n, c), 0.0) for n, (rate, c) in rates}
+        start |= {pick: float(c in choice.columns[n]) for (n, c), pick in picks.items()}
+        for number, (running, ring) in held.items():
+            here = choice.columns[number]
+            start[running] = max((c.running_bytes for c in here), default=0) / 1e6
+            start[ring] = max((c.ring_bytes for c in here), default=0) / 1e6
+    solved = built.program.solve(limit_s=limit_s, gap=gap, start=start)
     if solved is None:
         return choice, None
     columns = tuple(
@@ -241,8 +254,12 @@ def fits(server: Server, columns: Iterable[Column]) -> bool:
     return own + running + ring <= room_on(server)
 
 
-def _remember(program: Program, server: Server, picks: Mapping[Column, int]) -> None:
-    """The rows of ``fits``, for columns that may be picked. Sizes in MB, which solvers like."""
+def _remember(program: Program, server: Server, picks: Mapping[Column, int]) -> tuple[int, int]:
+    """The rows of ``fits``, for columns that may be picked. Sizes in MB, which solvers like.
+
+    Returns:
+        The variables for what runs, and for the ring.
+    """
     running, ring = program.variable(), program.variable()
     parts: dict[tuple[str, int, int], list[tuple[int, float]]] = defaultdict(list)
     for column, pick in picks.items():
@@ -255,6 +272,7 @@ def _remember(program: Program, server: Server, picks: Mapping[Column, int]) -> 
     for terms in parts.values():
         if len(terms) > 1:
             program.row(terms, 0.0, 1.0)
+    return running, ring
 
 
 def _flows(built: _Built, solved: Solved, rates: Iterable[tuple[int, tuple[int, Column]]]) -> Flows:

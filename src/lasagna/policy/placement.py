@@ -11,7 +11,7 @@ whole; with all columns and no limit of time it is exact, which the tests of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lasagna.errors import BudgetError
@@ -26,15 +26,24 @@ from lasagna.policy.flow import (
     place,
     relaxed,
 )
+from lasagna.policy.groups import in_groups
 from lasagna.policy.placed import Placement, connected
 from lasagna.policy.promise import bound_of, lengths_of, placement_of
 
 NEAR: Final = 24
 """Columns of each kind of server that the integer programs choose from, beside the needed ones."""
-SMALL: Final = 200
-"""Columns times servers that one integer program is given whole."""
+SMALL: Final = 1200
+"""Columns of all servers together up to which all of them are considered."""
+WHOLE: Final = 300
+"""Columns of all servers together that are chosen at once, without a search around them."""
 TOGETHER: Final = 400
 """Columns of all servers that are chosen anew together, beyond two servers."""
+LARGE: Final = 6
+"""Servers beyond which a cluster is planned in groups first."""
+UNIT_S: Final = 0.2
+"""Seconds for planning a group, at least."""
+EACH: Final = 120
+"""Columns of a server that is chosen anew, beside those that it has."""
 FRUITLESS: Final = 12
 """Rounds without gain after which the search ends."""
 GAIN: Final = 1e-4
@@ -78,7 +87,13 @@ def plan_cluster(
         BudgetError: some model fits on no servers, or no plan keeps the latency limits.
     """
     options = options or PlanOptions()
-    return _Search(cluster, options, clock, moving or {}).run(begin)
+    until_s = clock() + options.time_limit_s
+    cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
+    columns = columns_of(cluster, cuts)
+    _require_chains(cluster, columns)
+    left = replace(options, time_limit_s=until_s - clock())
+    flows, most, _ = _Search(cluster, left, clock, moving or {}).run(columns, begin)
+    return placement_of(cluster, flows, bound_of(most, options.objective))
 
 
 @dataclass(slots=True)
@@ -88,11 +103,9 @@ class _Search:
     clock: Callable[[], float]
     moving: Mapping[tuple[int, Column], float]
 
-    def run(self, begin: Choice | None) -> Placement:
+    def run(self, columns: Sequence[Column], begin: Choice | None) -> tuple[Flows, Flows, Choice]:
+        """What the plan carries, what the relaxed program does, and the plan."""
         cluster, until_s = self.cluster, self.clock() + self.options.time_limit_s
-        cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
-        columns = columns_of(cluster, cuts)
-        _require_chains(cluster, columns)
         objective = self.options.objective
         found = relaxed(cluster, columns, objective)
         if found is None and objective == "latency":  # too much load: then as much as possible
@@ -102,12 +115,14 @@ class _Search:
         most, costs = found
         near = self._near(columns, most, costs)
         free = {number: near[kind] for number, kind in enumerate(self._kinds)}
+        if sum(map(len, self._every(columns).values())) <= SMALL:
+            free = self._every(columns)
         if self.options.exact:
             every = self._every(columns)
             nothing = Choice(((),) * len(cluster.servers))
             choice, flows = place(cluster, nothing, every, objective, moving=self.moving)
         else:
-            choice = begin or self._rounded(columns, most, near, until_s)
+            choice = begin or self._begun(columns, most, near, until_s)
             if objective == "latency" and chosen(cluster, choice, objective) is None:
                 half_s = (self.clock() + until_s) / 2  # first serve all of it, then fast
                 choice, _ = self._improved(choice, free, "throughput", half_s)
@@ -116,7 +131,35 @@ class _Search:
                 flows = chosen(cluster, choice, "throughput")
         if flows is None or flows.scale <= 0.0:
             raise BudgetError(_late(cluster))
-        return placement_of(cluster, flows, bound_of(most, objective))
+        return flows, most, choice
+
+    def _begun(
+        self,
+        columns: Sequence[Column],
+        most: Flows,
+        near: Mapping[int, Sequence[Column]],
+        until_s: float,
+    ) -> Choice:
+        """The better of two choices to begin the search with."""
+        if len(self.cluster.servers) <= LARGE:
+            return self._rounded(columns, most, near, until_s)
+        until_s = (self.clock() + 3 * until_s) / 4
+
+        def solve(small: Cluster, own: Sequence[Column]) -> tuple[Choice, float]:
+            limit_s = max(UNIT_S, (until_s - self.clock()) / 50)
+            options = replace(self.options, objective="throughput", time_limit_s=limit_s)
+            try:
+                flows, _, choice = _Search(small, options, self.clock, {}).run(own, None)
+            except BudgetError:
+                return Choice(((),) * len(small.servers)), 0.0
+            return choice, flows.scale
+
+        grouped = in_groups(self.cluster, columns, most, solve, lambda: self.clock() < until_s)
+        choices = [grouped]
+        if self._unserved(grouped):
+            choices.append(self._rounded(columns, most, near, until_s))
+        every = [(self._value(c, chosen(self.cluster, c, "throughput")), c) for c in choices]
+        return max(every, key=lambda one: one[0])[1]
 
     @property
     def _kinds(self) -> list[int]:
@@ -156,6 +199,7 @@ class _Search:
                     wanted += [ways[0], min(ways, key=lambda c: c.alone_bytes)]
             every = (column for ways in parts.values() for column in ways)
             cheap = sorted(every, key=lambda column: costs[column] / column.work_s)
+            wanted.sort(key=lambda column: costs[column] / column.work_s)
             found[kind] = list(dict.fromkeys((*wanted, *cheap[:NEAR])))
         return found
 
@@ -270,10 +314,14 @@ class _Search:
         """The choice after a search around it."""
         cluster = self.cluster
         flows = chosen(cluster, choice, objective)
-        if sum(map(len, free.values())) <= SMALL:
+        if sum(map(len, free.values())) <= max(WHOLE, SMALL):
             left_s = max(0.1, until_s - self.clock())
             better, reached = place(
-                cluster, choice, free, objective, limit_s=left_s, gap=GAIN, moving=self.moving
+                *(cluster, choice, free, objective),
+                limit_s=left_s,
+                gap=GAIN,
+                moving=self.moving,
+                known=flows,
             )
             if reached is not None and (flows is None or reached.objective > flows.objective):
                 return better, reached
@@ -283,7 +331,7 @@ class _Search:
         while fruitless < FRUITLESS and self.clock() < until_s:
             group = self._group(flows, free, turn)
             turn += 1
-            here = {n: tuple(dict.fromkeys((*choice.columns[n], *free[n]))) for n in group}
+            here = {n: tuple(dict.fromkeys((*choice.columns[n], *free[n][:EACH]))) for n in group}
             better, reached = place(
                 cluster,
                 choice,
@@ -292,6 +340,7 @@ class _Search:
                 limit_s=max(0.1, min(2.0, until_s - self.clock())),
                 gap=0.005,
                 moving=self.moving,
+                known=flows,
             )
             fruitless += 1
             if reached is not None and self._value(better, reached) > value + GAIN * abs(value):

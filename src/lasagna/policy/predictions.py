@@ -13,13 +13,24 @@ from typing import Final
 
 from lasagna.policy.costs import Correction
 from lasagna.policy.events import Ran
-from lasagna.policy.stages import Machine, alone_s, exposed_s, sealing_s, visit_s
+from lasagna.policy.stages import (
+    SLICE_S,
+    Machine,
+    alone_s,
+    copy_s,
+    exposed_s,
+    sealing_s,
+    visit_s,
+)
 from lasagna.policy.state import ModelState, StageState
 
 ERRORS_KEPT: Final = 1000
 """Of the last predictions."""
 TELLING_BYTES: Final = 4 << 20
 """A report of less loaded says more of who else was on the core than of the rate."""
+
+REMEMBERED: Final = 0.98
+"""Share that each run leaves of what was measured before it in ``slowness``: some 50 runs count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,12 @@ class Predictions:
         self._compute_errors = _Record()
         self._load_errors = _Record()
         self._seal_errors = _Record()
+        self._measured_s = self._expected_s = 0.0
+
+    @property
+    def slowness(self) -> float:
+        """Measured over predicted seconds of computing of late, of all runs; 1 before any."""
+        return self._measured_s / self._expected_s if self._expected_s > 0.0 else 1.0
 
     @property
     def errors(self) -> PredictionErrors:
@@ -78,35 +95,56 @@ class Predictions:
 
     def seal_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of opening rows that come in here, and of sealing those that leave."""
-        profile_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
-        return stage.sealing.factor * profile_s
+        return stage.sealing.factor * self._sealing_s(model, stage, rows)
 
     def alone_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds from the start of a run to its end."""
-        return alone_s(*self._times(model, stage, rows), self.machine)
+        found = stage.alone_s.get(rows)
+        if found is None:
+            found = alone_s(*self._times(model, stage, rows), self.machine)
+            stage.alone_s[rows] = found
+        return found
 
     def visit_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of the server for one run of a gang."""
-        return visit_s(*self._times(model, stage, rows), self.machine)
+        found = stage.visit_s.get(rows)
+        if found is None:
+            found = visit_s(*self._times(model, stage, rows), self.machine)
+            stage.visit_s[rows] = found
+        return found
 
     def _times(self, model: ModelState, stage: StageState, rows: int) -> tuple[float, float, float]:
         """Seconds of computing with both ends, of loading, and of loading that is not hidden."""
         busy_s = self.compute_s(model, stage, rows) + self.seal_s(model, stage, rows)
         return busy_s, self.load_s(stage), self._exposed_s(model, stage, rows)
 
-    def note(self, model: ModelState, stage: StageState, rows: int, ran: Ran) -> None:
-        """A run has ended, and took so long."""
+    def note(self, model: ModelState, stage: StageState, rows: int, ran: Ran) -> bool:
+        """A run has ended, and took so long.
+
+        Returns:
+            Whether that says something of all models: what was predicted of them is out of date.
+        """
+        model.learn((stage,))
         self._note_compute(model, stage, rows, ran.compute_s)
-        if ran.load_bytes >= TELLING_BYTES:
-            load_s = ran.load_bytes / self.machine.load_rate
-            _correct(self._loading, self._load_errors, load_s, ran.load_s)
-        seal_s = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
-        _correct(stage.sealing, self._seal_errors, seal_s, ran.seal_s)
+        seal_s = self._sealing_s(model, stage, rows)
+        if seal_s > 0.0:
+            _correct(stage.sealing, self._seal_errors, seal_s, ran.seal_s)
+        if ran.load_bytes < TELLING_BYTES:
+            return False
+        before = self._loading.factor
+        load_s = ran.load_bytes / self.machine.load_rate
+        _correct(self._loading, self._load_errors, load_s, ran.load_s)
+        return self._loading.factor != before
 
     def _note_compute(
         self, model: ModelState, stage: StageState, rows: int, measured_s: float
     ) -> None:
         profile_s = self._profile_s(model, stage, rows)
+        first, last = stage.plan.first, stage.plan.last
+        if profile_s > 0.0 and measured_s > 0.0:
+            calls_s = SLICE_S * (last - first) + copy_s(model.costs, first, rows)
+            self._measured_s = REMEMBERED * self._measured_s + measured_s
+            self._expected_s = REMEMBERED * self._expected_s + profile_s + calls_s
         own = stage.by_rows.setdefault(rows, Correction(stage.correction.factor))
         if stage.correction.measured and profile_s > 0.0 and measured_s > 0.0:
             self._compute_errors.note(own.factor * profile_s, measured_s)
@@ -121,6 +159,13 @@ class Predictions:
             found = exposed_s(model.costs, first, last, rows, stage.pinned, self.machine)
             stage.exposed_s[rows] = found
         return self._loading.factor * found
+
+    def _sealing_s(self, model: ModelState, stage: StageState, rows: int) -> float:
+        found = stage.sealing_s.get(rows)
+        if found is None:
+            found = sealing_s(model.costs, stage.plan.first, stage.plan.last, rows)
+            stage.sealing_s[rows] = found
+        return found
 
     def _profile_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         found = stage.profile_s.get(rows)

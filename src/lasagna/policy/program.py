@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -69,14 +69,18 @@ class Program:
         self._rows.append((lower, upper))
 
     def solve(
-        self, *, limit_s: float = NO_LIMIT_S, gap: float = 0.0, start: Sequence[float] = ()
+        self,
+        *,
+        limit_s: float = NO_LIMIT_S,
+        gap: float = 0.0,
+        start: Mapping[int, float] | None = None,
     ) -> Solved | None:
         """The best solution that is found in the time; None if there is none.
 
         Args:
             limit_s: seconds for HiGHS, at most.
             gap: share of the objective that the solution may fall short of the bound by.
-            start: a solution to begin with, for integer programs.
+            start: values of a solution to begin with, for integer programs; the others are 0.
         """
         highs = highspy.Highs()  # type: ignore[no-untyped-call] # its stub lacks the annotation
         highs.silent()
@@ -85,9 +89,9 @@ class Program:
         highs.setOptionValue("time_limit", limit_s)
         highs.setOptionValue("mip_rel_gap", gap)
         highs.passModel(self._model())
-        if len(start):
+        if start:
             given = highspy.HighsSolution()
-            given.col_value = list(start)
+            given.col_value = [start.get(index, 0.0) for index in range(len(self._costs))]
             highs.setSolution(given)
         highs.run()
         info, solution = highs.getInfo(), highs.getSolution()

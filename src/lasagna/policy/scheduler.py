@@ -58,7 +58,7 @@ from lasagna.policy.memory import require_fits
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.predictions import PredictionErrors, Predictions
 from lasagna.policy.stages import Machine
-from lasagna.policy.state import ModelState, Phase, Request, Settings, Step
+from lasagna.policy.state import ModelState, Phase, Request, Running, Settings, Step
 from lasagna.policy.story import Stories
 
 DEATHS: Final = 2
@@ -81,8 +81,8 @@ class Scheduler:
         self._models: dict[str, ModelState] = {}
         self._forms: dict[str, Forms] = {}
         self._requests: dict[int, Request] = {}
-        self._running: dict[int, tuple[Run, ModelState, int, float]] = {}
-        self._runs = 0
+        self._running: dict[int, Running] = {}
+        self._runs = self._deaths = 0
         self._arranger = Arranger(machine, settings.style)
         self._predictions = Predictions(machine)
         self._choice = Choice(self._predictions, settings.patience_s, in_order=settings.in_order)
@@ -97,6 +97,11 @@ class Scheduler:
     def prediction_errors(self) -> PredictionErrors:
         """How far predictions of runs' times were off of late."""
         return self._predictions.errors
+
+    @property
+    def slowness(self) -> float:
+        """Measured over predicted seconds of computing of late: above 1 where it has slowed."""
+        return self._predictions.slowness
 
     @property
     def waiting_rows(self) -> int:
@@ -153,27 +158,21 @@ class Scheduler:
             return
         wait_s = self.backlog_s()
         request = Request(event, event.rows, event.rows)
+        deadline_s = request.deadline_s
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
             self._refuse(request, wait_s, reason, out)
             return
-        if event.at_s + wait_s + self._choice.through_s(model, 0) > request.deadline_s:
+        if event.at_s + wait_s + self._choice.through_s(model, 0) > deadline_s:
             reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
             self._refuse(request, wait_s, reason, out)
             return
         self._requests[event.request] = request
         self._arranger.arrived(event.model, event.rows, event.at_s)
-        model.outside.push(
-            Waiting(
-                event.request,
-                event.tenant,
-                event.priority,
-                event.at_s,
-                request.deadline_s,
-                0,
-                event.rows,
-            )
+        waiting = Waiting(
+            event.request, event.tenant, event.priority, event.at_s, deadline_s, 0, event.rows
         )
+        model.outside.push(waiting)
 
     def _refuse(self, request: Request, wait_s: float, reason: str, out: list[Command]) -> None:
         request.move(Step.REFUSE)
@@ -203,10 +202,11 @@ class Scheduler:
     # Runs.
 
     def _ran(self, event: Ran, out: list[Command]) -> None:
-        run, model, index, _ = self._running.pop(event.run)
+        run, model, index, rows = self._running.pop(event.run)
         stage = model.stages[index]
-        rows = sum(part.count for part in run.batch)
-        self._predictions.note(model, stage, rows, event)
+        if self._predictions.note(model, stage, rows, event):
+            for one in self._models.values():
+                one.learn(one.stages)
         stage.held -= rows
         following = model.stages[index + 1] if index + 1 < len(model.stages) else None
         for part in run.batch:
@@ -225,10 +225,10 @@ class Scheduler:
                     out.append(Answer(part.request))
 
     def _failed(self, event: RunFailed, out: list[Command]) -> None:
-        run, model, index, _ = self._running.pop(event.run)
+        run, model, index, rows = self._running.pop(event.run)
         stage = model.stages[index]
         if index + 1 < len(model.stages):
-            model.stages[index + 1].held -= sum(part.count for part in run.batch)
+            model.stages[index + 1].held -= rows
         alone = len({part.request for part in run.batch}) == 1
         for part in reversed(run.batch):
             request = self._requests.get(part.request)
@@ -247,6 +247,7 @@ class Scheduler:
         """Rows in the enclave begin anew, in the order of their requests, and alone if suspect."""
         suspects = {part.request for run, *_ in self._running.values() for part in run.batch}
         self._running.clear()
+        self._deaths += 1
         self._arranger.enclave_lost()
         for model in self._models.values():
             for stage in model.stages:
@@ -311,10 +312,11 @@ class Scheduler:
         """
         if self._arranger.step(self._forms, now_s, self._inside, out):
             self._new_stages()
-        machine = self._arranger.machine
-        lanes = machine.lanes
-        while self._arranger.open and len(self._running) + lanes <= machine.most_runs:
-            if any(self._exclusive(run) for run, *_ in self._running.values()):
+        lanes, most = self._arranger.machine.lanes, self._arranger.machine.most_runs
+        while self._arranger.open and len(self._running) + lanes <= most:
+            if self._deaths and any(
+                self._exclusive(run.batch[0].request) for run, *_ in self._running.values()
+            ):
                 return
             visit = self._choice.best(
                 self._models.values(), self._requests, now_s, admit=self._arranger.admits
@@ -322,16 +324,15 @@ class Scheduler:
             if visit is None:
                 return
             model, index, rows = visit
-            head = self._head(model, index, now_s)
-            if self._requests[head].deaths and self._running:
+            if self._deaths and self._running and self._exclusive(self._head(model, index, now_s)):
                 return
             for lane in range(lanes):
                 share = min(model.stages[index].plan.rows, -(-rows // (lanes - lane)))
                 if share:
                     run = self._start(model, index, share, now_s)
                     out.append(run)
-                    rows -= sum(part.count for part in run.batch)
-                    if self._exclusive(run):
+                    rows -= self._running[run.run][3]
+                    if self._deaths and self._exclusive(run.batch[0].request):
                         return
 
     def _inside(self) -> bool:
@@ -339,9 +340,9 @@ class Scheduler:
         held = any(stage.held for model in self._models.values() for stage in model.stages[1:])
         return held or bool(self._running)
 
-    def _exclusive(self, run: Run) -> bool:
-        """Whether nothing may run beside it: an enclave died with it before."""
-        request = self._requests.get(run.batch[0].request)
+    def _exclusive(self, number: int) -> bool:
+        """Whether nothing may run beside this request: an enclave died with it before."""
+        request = self._requests.get(number)
         return request is not None and request.deaths > 0
 
     def _head(self, model: ModelState, index: int, now_s: float) -> int:
@@ -369,7 +370,7 @@ class Scheduler:
             model.stages[index + 1].held += rows - left
         self._runs += 1
         run = Run(self._runs, model.name, stage.plan.first, stage.plan.last, tuple(batch))
-        self._running[run.run] = (run, model, index, now_s)
+        self._running[run.run] = (run, model, index, rows - left)
         return run
 
     def _take(self, model: ModelState, index: int, limit: int, now_s: float) -> Rows:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Final
+from typing import Final, TypeAlias
 
 from lasagna.policy.costs import Correction, ModelCosts
-from lasagna.policy.events import Arrived, Rows
+from lasagna.policy.events import Arrived, Rows, Run
 from lasagna.policy.fair import FairQueue
 from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.policy.stages import Stage, waiting_rows
 
 NEVER: Final = float("inf")
 """A time that does not come."""
+
+
+Running: TypeAlias = "tuple[Run, ModelState, int, int]"
+"""A run that is not over: its model, the number of its stage, its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +152,9 @@ class StageState:
         waiting: rows at the cut, first come first.
         waiting_rows: how many they are.
         pinned: its slices that need not be loaded.
-        profile_s: seconds of computing by rows; exposed_s: of loading that it does not hide.
+        profile_s: seconds of computing by rows; exposed_s: of loading that it does not hide;
+            sealing_s: of opening and sealing at the model's ends.
+        visit_s: what is predicted of visits, by rows; alone_s: of runs (``ModelState.learn``).
         correction: of those; by_rows: of batches of one size, where some have been measured.
         sealing: correction of opening what comes in here, and sealing what leaves.
     """
@@ -162,6 +168,9 @@ class StageState:
     pinned: frozenset[int] = frozenset()
     profile_s: dict[int, float] = field(default_factory=dict)
     exposed_s: dict[int, float] = field(default_factory=dict)
+    sealing_s: dict[int, float] = field(default_factory=dict)
+    visit_s: dict[int, float] = field(default_factory=dict)
+    alone_s: dict[int, float] = field(default_factory=dict)
     correction: Correction = field(default_factory=Correction)
     by_rows: dict[int, Correction] = field(default_factory=dict)
     sealing: Correction = field(default_factory=Correction)
@@ -172,17 +181,30 @@ class ModelState:
     """A model that is served, and its requests outside the enclave.
 
     ``costs`` are those of the form in which it runs. There are no stages before there is a plan.
+    ``row_s``, ``rests_s`` and ``throughs_s`` are what ``policy.choice`` has reckoned of its stages.
     """
 
     name: str
     costs: ModelCosts
     outside: FairQueue
     stages: list[StageState] = field(default_factory=list)
+    row_s: float | None = None
+    rests_s: list[float] | None = None
+    throughs_s: dict[int, float] = field(default_factory=dict)
+
+    def learn(self, stages: Iterable[StageState]) -> None:
+        """What was predicted of these stages of it is out of date."""
+        for stage in stages:
+            stage.visit_s.clear()
+            stage.alone_s.clear()
+        self.row_s = self.rests_s = None
+        self.throughs_s.clear()
 
     def divide(self, plan: MemoryPlan | None, load_rate: float) -> None:
         """Take the stages of a plan; only rows that wait to begin anew are carried over."""
         first = self.stages[0] if self.stages else None
         self.stages = []
+        self.learn(())
         if plan is None or self.name not in plan.costs:
             return
         self.costs = plan.costs[self.name]
@@ -210,3 +232,4 @@ class ModelState:
             stage.load_s = streamed / load_rate
             stage.pinned = pinned
             stage.exposed_s.clear()
+        self.learn(self.stages)

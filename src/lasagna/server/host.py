@@ -28,6 +28,7 @@ from lasagna.errors import (
     TrustError,
     UsageError,
 )
+from lasagna.journal import JournalWriter
 from lasagna.policy import events as e
 from lasagna.policy.baselines import policy_named
 from lasagna.policy.scheduler import Scheduler
@@ -89,7 +90,8 @@ class EnclaveHost:
 
         Raises:
             PackageError: a package can't be read, or is malformed.
-            UsageError: two packages have one name, or the policy is unknown.
+            UsageError: two packages have one name, the policy is unknown, or the journal can't be
+                written.
         """
         self.config = config
         self.policy = policy_named(config.policy)
@@ -101,16 +103,18 @@ class EnclaveHost:
             if model.name in self.models:
                 raise UsageError(f"two packages are called {model.name!r}")
             self.models[model.name] = model
-        self.scheduler = Scheduler(
-            machine_of(config.budget, config.threads, paged=self.policy.paged),
-            Settings(
-                queue_rows=config.queue_limit,
-                patience_s=config.patience_s,
-                weights=config.tenant_weights,
-                style=self.policy.style,
-                in_order=self.policy.in_order,
-            ),
+        machine = machine_of(config.budget, config.threads, paged=self.policy.paged)
+        settings = Settings(
+            queue_rows=config.queue_limit,
+            patience_s=config.patience_s,
+            weights=config.tenant_weights,
+            style=self.policy.style,
+            in_order=self.policy.in_order,
         )
+        self.scheduler = Scheduler(machine, settings)
+        self._journal: JournalWriter | None = None
+        if config.journal is not None:
+            self._journal = JournalWriter(config.journal, machine, settings)
         self._driver = Driver(self)
         self._recording: Recording | None = None
         self._backend = backend
@@ -195,6 +199,9 @@ class EnclaveHost:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
         self._refuse_all(self._shutting_down())
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
 
     async def _drain(self) -> None:
         while self.tickets and not self._all_failed:
@@ -307,7 +314,10 @@ class EnclaveHost:
 
     def tell(self, event: e.Event) -> None:
         """Give the scheduler an event, and carry out what it decides."""
-        for command in self.scheduler.handle(event):
+        commands = self.scheduler.handle(event)
+        if self._journal is not None:
+            self._journal.write(event, commands)
+        for command in commands:
             self._driver.carry_out(command)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -64,6 +64,7 @@ class HostConfig:
         policy: name of the scheduling policy, one of ``policy.baselines.POLICIES``.
         tenant_weights: shares of tenants at saturation; those that are not named have 1.
         trace: file to record what runs when in, and traced_as: what that says of the enclave's EPC.
+        journal: file for the scheduler's events and commands, to be replayed (``lasagna.sim``).
         frame_limit: longest frame between host and enclave, in bytes.
         start_timeout_s: for an enclave to connect and say hello.
         load_timeout_s: for it to decrypt and prepare the model.
@@ -80,6 +81,7 @@ class HostConfig:
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     trace: Path | None = None
     traced_as: str = ""
+    journal: Path | None = None
     frame_limit: int = DEFAULT_FRAME_LIMIT
     start_timeout_s: float = 30.0
     load_timeout_s: float = 120.0

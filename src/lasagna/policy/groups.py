@@ -1,0 +1,182 @@
+"""A large cluster in groups: a few servers with a few models each, that are planned by themselves.
+
+The relaxed program says how many servers' time each model needs of each kind. Models that need many
+are divided into units of a few servers, those that need little share a unit; servers are dealt out
+to the units by what they need of each kind. A unit is small enough for an integer program. Then
+servers go from the richest unit to the poorest, as long as that helps the poorest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from lasagna.policy.cluster import Cluster
+from lasagna.policy.columns import Column, kinds_of
+from lasagna.policy.flow import Choice, Flows
+
+UNIT: Final = 3.0
+"""Servers of a unit, about."""
+TRIES: Final = 3
+"""Of the richest units, so many are asked for a server."""
+
+Solve = Callable[[Cluster, Sequence[Column]], tuple[Choice, float]]
+"""Plans a small cluster with these columns: what it chose, and the scale; 0 where there is none."""
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Some servers, by number, for some models, with their share of the demand."""
+
+    demand: dict[str, float]
+    needs: dict[int, float]
+    servers: list[int] = field(default_factory=list)
+    choice: Choice = field(default_factory=lambda: Choice(()))
+    scale: float = 0.0
+
+
+def in_groups(
+    cluster: Cluster,
+    columns: Sequence[Column],
+    most: Flows,
+    solve: Solve,
+    left: Callable[[], bool],
+) -> Choice:
+    """A choice of columns that was made unit by unit.
+
+    Args:
+        cluster: to plan for.
+        columns: that there are to choose from.
+        most: the relaxed program's flows, by kind of server.
+        solve: plans one unit.
+        left: whether there is time for another improvement.
+    """
+    return _Groups(cluster, columns, solve, left).run(most)
+
+
+@dataclass(slots=True)
+class _Groups:
+    cluster: Cluster
+    columns: Sequence[Column]
+    solve: Solve
+    left: Callable[[], bool]
+    _kinds: list[int] = field(init=False)
+    _known: dict[object, tuple[Choice, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kinds = kinds_of(self.cluster.servers)
+        numbers = {server.kind: number for number, server in enumerate(kinds)}
+        self._kinds = [numbers[server.kind] for server in self.cluster.servers]
+
+    def run(self, most: Flows) -> Choice:
+        """Deal out, plan, and level."""
+        units = _units(self.cluster, most)
+        _deal(units, self._kinds)
+        for unit in units:
+            self._plan(unit)
+        while self.left() and self._level(units):
+            pass
+        columns: list[tuple[Column, ...]] = [()] * len(self.cluster.servers)
+        for unit in units:
+            for number, here in zip(unit.servers, unit.choice.columns, strict=True):
+                columns[number] = here
+        return Choice(tuple(columns))
+
+    def _plan(self, unit: _Unit) -> None:
+        """Choose the unit's columns. Units that are alike are planned once."""
+        unit.servers.sort(key=lambda number: (self._kinds[number], number))
+        kinds = [self._kinds[number] for number in unit.servers]
+        key = tuple(kinds), tuple(sorted(unit.demand.items()))
+        if key not in self._known:
+            self._known[key] = self._solved(unit, kinds)
+        unit.choice, unit.scale = self._known[key]
+
+    def _solved(self, unit: _Unit, kinds: Sequence[int]) -> tuple[Choice, float]:
+        if not kinds:
+            return Choice(()), 0.0
+        small = replace(
+            self.cluster,
+            servers=tuple(self.cluster.servers[number] for number in unit.servers),
+            demand=unit.demand,
+            limits_s={n: s for n, s in self.cluster.limits_s.items() if n in unit.demand},
+        )
+        inner = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        own = [
+            replace(column, kind=inner[column.kind])
+            for column in self.columns
+            if column.kind in inner and column.model in unit.demand
+        ]
+        choice, scale = self.solve(small, own)
+        outer = {number: kind for kind, number in inner.items()}
+        renamed = tuple(
+            tuple(replace(column, kind=outer[column.kind]) for column in here)
+            for here in choice.columns
+        )
+        return Choice(renamed), scale
+
+    def _level(self, units: Sequence[_Unit]) -> bool:
+        """Give the poorest unit a server of a rich one; whether that helped."""
+        by_scale = sorted(units, key=lambda unit: unit.scale)
+        poorest = by_scale[0]
+        for rich in by_scale[: -TRIES - 1 : -1]:
+            if rich is poorest or len(rich.servers) < 2:
+                continue
+            for number in {self._kinds[n]: n for n in rich.servers}.values():
+                was = [
+                    (unit, list(unit.servers), unit.choice, unit.scale) for unit in (rich, poorest)
+                ]
+                rich.servers.remove(number)
+                poorest.servers.append(number)
+                self._plan(rich)
+                self._plan(poorest)
+                if min(rich.scale, poorest.scale) > was[1][3] * (1 + 1e-6):
+                    return True
+                for unit, servers, choice, scale in was:
+                    unit.servers, unit.choice, unit.scale = servers, choice, scale
+                if not self.left():
+                    return False
+        return False
+
+
+def _units(cluster: Cluster, most: Flows) -> list[_Unit]:
+    """Units of about so many servers' time each."""
+    needs: dict[str, dict[int, float]] = {model: {} for model in cluster.wanted}
+    for (kind, column), rate in most.rates.items():
+        own = needs[column.model]
+        own[kind] = own.get(kind, 0.0) + rate * column.work_s
+    units: list[_Unit] = []
+    spare: _Unit | None = None
+    for model in sorted(needs, key=lambda name: (-sum(needs[name].values()), name)):
+        total = sum(needs[model].values())
+        count = max(1, round(total / UNIT))
+        demand = {model: cluster.demand[model] / count}
+        own = {kind: share / count for kind, share in needs[model].items()}
+        if total > UNIT / 2:
+            units += [_Unit(dict(demand), dict(own)) for _ in range(count)]
+            continue
+        if spare is None or sum(spare.needs.values()) + total > UNIT:
+            spare = _Unit({}, {})
+            units.append(spare)
+        spare.demand |= demand
+        for kind, share in own.items():
+            spare.needs[kind] = spare.needs.get(kind, 0.0) + share
+    return units
+
+
+def _deal(units: Sequence[_Unit], kinds: Sequence[int]) -> None:
+    """Servers to units: of each kind by what they need of it; the rest to who lacks most."""
+
+    def lack(unit: _Unit) -> float:
+        need = sum(unit.needs.values())
+        return (need - len(unit.servers)) / max(need, 1e-9)
+
+    for kind in sorted(set(kinds)):
+        members = [number for number, one in enumerate(kinds) if one == kind]
+        left = {index: unit.needs.get(kind, 0.0) for index, unit in enumerate(units)}
+        for number in members:
+            index = max(left, key=lambda i: (left[i], lack(units[i])))
+            if left[index] < 0.25:
+                index = max(left, key=lambda i: lack(units[i]))
+            units[index].servers.append(number)
+            left[index] -= 1.0

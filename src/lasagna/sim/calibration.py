@@ -1,0 +1,105 @@
+"""What a machine takes beside what its models' profiles say: measured factors, noise, paging."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from lasagna.policy.costs import ModelCosts
+from lasagna.units import PAGE
+
+HOT_BYTES: Final = 8_000_000
+"""Code and data of a serving process that it touches all the time."""
+_BLOCK: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Measured over profile, as a recorded real run shows it; the default is the profile.
+
+    Attributes:
+        compute: factor of all computing times.
+        of_models: beside it, by model.
+        of_batches: instead of both, by model, first slice of the run, and rows.
+        load: factor of times to decrypt weights; seal: to open and seal rows.
+        entry_s: what a call into the enclave takes; None for the machine's.
+        arrange_s: of an arrangement, beside loading what is pinned.
+        plan_s: of working out a plan, while requests go on.
+    """
+
+    compute: float = 1.0
+    of_models: Mapping[str, float] = field(default_factory=dict)
+    of_batches: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+    load: float = 1.0
+    seal: float = 1.0
+    entry_s: float | None = None
+    arrange_s: float = 0.0
+    plan_s: float = 0.0
+
+    def compute_factor(self, model: str, first: int, rows: int) -> float:
+        """Of a run that begins at this slice with so many rows."""
+        found = self.of_batches.get((model, first, rows))
+        return self.compute * self.of_models.get(model, 1.0) if found is None else found
+
+
+def noise(rng: np.random.Generator, sigma: float) -> Iterator[float]:
+    """Factors of mean 1 without end, lognormal with this standard deviation of the logarithm."""
+    while True:
+        yield from rng.lognormal(-sigma * sigma / 2, sigma, _BLOCK).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """An enclave whose memory is left to the kernel, as the vanilla baseline's.
+
+    Attributes:
+        epc_bytes: of enclave memory that can be resident.
+        page_s: seconds of one page's load and of the eviction that makes room for it.
+        hot_bytes: of the process that stay resident.
+    """
+
+    epc_bytes: int
+    page_s: float
+    hot_bytes: int = HOT_BYTES
+
+
+class Resident:
+    """Which models' working sets are in the EPC, when the least recently used pages are evicted.
+
+    A pass touches all pages of its working set in the same order. If that is more than the EPC
+    holds, each page is evicted before it is touched again: a cyclic scan defeats LRU and clock
+    algorithms alike (measured: docs/experiments/0005-local-scheduler.md). If it fits, it stays
+    until the passes of other models need the room.
+    """
+
+    def __init__(self, paging: Paging) -> None:
+        """Nothing is resident."""
+        self._room = paging.epc_bytes - paging.hot_bytes
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+
+    def pass_pages(self, model: str, costs: ModelCosts) -> tuple[int, float]:
+        """Pages that a pass of one row through the whole model has to load.
+
+        Returns:
+            How many, and the share of the pass after which the first ones are evicted again.
+        """
+        count = len(costs.slices)
+        size = costs.weight_bytes + costs.copies_bytes + costs.bytes_at(0, count, 1)
+        if size > self._room:
+            self._sizes.clear()
+            return -(-size // PAGE), max(0.0, self._room / size)
+        if model in self._sizes:
+            self._sizes.move_to_end(model)
+            return 0, 1.0
+        self._sizes[model] = size
+        while sum(self._sizes.values()) > self._room:
+            self._sizes.popitem(last=False)
+        return -(-size // PAGE), 1.0
+
+    def clear(self) -> None:
+        """The process is gone."""
+        self._sizes.clear()

@@ -1,0 +1,344 @@
+"""An enclave made of numbers: it carries out one scheduler's commands in virtual seconds.
+
+Runs begin in the order of their numbers, as many at once as the plan has lanes, and take what
+``sim.runs`` reckons. Runs of one stage that begin nearly together are a gang, and share what is
+loaded: as long as what the first of them has used is still in the ring.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, assert_never
+
+from lasagna.policy.costs import Forms, ModelCosts
+from lasagna.policy.events import (
+    Answer,
+    Arrange,
+    Arranged,
+    Command,
+    EnclaveLost,
+    EnclaveReady,
+    Event,
+    Forget,
+    GiveUp,
+    ModelAdded,
+    Moved,
+    Pin,
+    Plan,
+    Planned,
+    Ran,
+    Refuse,
+    Run,
+    Unpin,
+)
+from lasagna.policy.plan import MemoryPlan
+from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.stages import Machine
+from lasagna.policy.state import Settings
+from lasagna.sim.calibration import Calibration, Paging, Resident
+from lasagna.sim.clock import Clock
+from lasagna.sim.planner import Planner
+from lasagna.sim.runs import Gang, Takes, reckon
+
+End: TypeAlias = Answer | Refuse | GiveUp
+"""How a request leaves a server."""
+Heard: TypeAlias = Callable[[Event, Sequence[Command]], None]
+"""Is shown every event that a scheduler was told, and the commands that it led to."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an enclave has done.
+
+    Attributes:
+        runs: that began.
+        tasks: slices of rows in them.
+        busy_s: seconds in which runs had its lanes, by their number.
+        loads: slices that were decrypted, pinned ones too; loaded_bytes: of them.
+        pages: that the kernel loaded.
+        arrangements: of the memory; moves: of pins.
+    """
+
+    runs: int = 0
+    tasks: int = 0
+    busy_s: float = 0.0
+    loads: int = 0
+    loaded_bytes: int = 0
+    pages: int = 0
+    arrangements: int = 0
+    moves: int = 0
+
+
+class VirtualEnclave:
+    """A scheduler and the enclave that it schedules.
+
+    Attributes:
+        scheduler: decides; only ``tell`` may change it.
+        counters: of what was done.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        machine: Machine,
+        settings: Settings,
+        planner: Planner,
+        ended: Callable[[End], None],
+        *,
+        calibration: Calibration | None = None,
+        noise: Iterator[float] | None = None,
+        paging: Paging | None = None,
+        heard: Heard | None = None,
+        opened: Callable[[], None] | None = None,
+    ) -> None:
+        """No enclave runs, and there is no model.
+
+        Args:
+            clock: of everything that is simulated.
+            machine: what the enclave has.
+            settings: of its scheduler.
+            planner: works out plans.
+            ended: is told how each request left; must not call ``tell`` at once.
+            calibration: what was measured; without it times are the profile's.
+            noise: factors of computing times, one for each run.
+            paging: where no budget is kept and the kernel pages.
+            heard: is shown all events and commands.
+            opened: is called whenever runs are possible from now on.
+        """
+        self._clock = clock
+        self._machine = machine
+        self._planner = planner
+        self._ended = ended
+        self._calibration = calibration or Calibration()
+        self._noise = noise
+        self._paging = paging
+        self._resident = None if paging is None else Resident(paging)
+        self._heard = heard
+        self._opened = opened
+        self.scheduler = Scheduler(machine, settings)
+        self.counters = Counters()
+        self._slow = 1.0
+        self._shape = machine
+        self._costs: Mapping[str, ModelCosts] = {}
+        self._life = 0
+        self._prepared = False
+        self._queue: deque[Run] = deque()
+        self._gangs: dict[tuple[str, int], Gang] = {}
+        self._running = 0
+        self._takes: dict[tuple[str, int, int], Takes] = {}
+
+    def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
+        """Add models, and let an enclave be ready for them.
+
+        Args:
+            models: by name.
+            prepared: the first arrangement takes no time: it was made before.
+
+        Raises:
+            BudgetError: they don't fit.
+        """
+        self._prepared = prepared
+        for name, forms in models.items():
+            self.tell(ModelAdded(self._clock.now_s, name, forms))
+        self.tell(EnclaveReady(self._clock.now_s))
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to the scheduler, and begin what it commands."""
+        commands = self.scheduler.handle(event)
+        if self._heard is not None:
+            self._heard(event, commands)
+        if commands:
+            self._carry_out(commands)
+        if self._queue:
+            self._begin()
+
+    def die(self, restart_s: float) -> None:
+        """The enclave is lost with everything in it; after so many seconds there is another."""
+        self.stop()
+        self.tell(EnclaveLost(self._clock.now_s))
+        self._clock.at(self._clock.now_s + restart_s, self._ready, self._life)
+
+    def stop(self) -> None:
+        """Nothing that is under way comes to an end; the scheduler is told nothing."""
+        self._life += 1
+        self._queue.clear()
+        self._gangs.clear()
+        self._running = 0
+        if self._resident is not None:
+            self._resident.clear()
+
+    def slow(self, factor: float) -> None:
+        """From now on runs compute so many times as long as they did at first."""
+        self._slow = factor
+        self._takes.clear()
+
+    def _ready(self, life: int) -> None:
+        if life == self._life:
+            self.tell(EnclaveReady(self._clock.now_s))
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            match command:
+                case Run():
+                    self._queue.append(command)
+                case Answer() | Refuse() | GiveUp():
+                    self._ended(command)
+                case Plan():
+                    due_s = self._clock.now_s + self._calibration.plan_s
+                    planned = self._planner.plan(command, due_s)
+                    self._clock.at(due_s, self._planned, (self.scheduler, planned))
+                case Arrange(plan):
+                    self._arrange(plan)
+                case Pin() | Unpin():
+                    self._move(command)
+                case Forget():
+                    pass  # what the enclave holds takes no time to free
+                case _:
+                    assert_never(command)
+
+    # Memory.
+
+    def _planned(self, facts: tuple[Scheduler, Planned]) -> None:
+        """A host works on plans, so the death of its enclave doesn't stop it."""
+        scheduler, planned = facts
+        if scheduler is self.scheduler:
+            self.tell(planned)
+
+    def _arrange(self, plan: MemoryPlan | None) -> None:
+        assert not self._queue
+        assert not self._running
+        takes_s = 0.0
+        self._takes.clear()
+        if plan is None:
+            self._costs = {}
+        else:
+            assert plan.total_bytes <= self._machine.budget, "more memory than there is"
+            self._costs = plan.costs
+            self._shape = replace(
+                self._machine,
+                lanes=plan.lanes,
+                width=plan.width,
+                entry_s=self._entry_s,
+                load_rate=self._machine.load_rate / self._calibration.load,
+            )
+            if self._paging is None:
+                sizes = [
+                    plan.costs[name].slices[n].weight_bytes
+                    for name, numbers in plan.pinned.items()
+                    for n in sorted(numbers)
+                ]
+                self.counters.loads += len(sizes)
+                self.counters.loaded_bytes += sum(sizes)
+                takes_s = sum(sizes) / self._shape.load_rate
+        self.counters.arrangements += 1
+        takes_s += self._calibration.arrange_s
+        if self._prepared:
+            takes_s, self._prepared = 0.0, False
+        self._clock.at(self._clock.now_s + takes_s, self._arranged, self._life)
+
+    @property
+    def _entry_s(self) -> float:
+        known = self._calibration.entry_s
+        return self._machine.entry_s if known is None else known
+
+    def _arranged(self, life: int) -> None:
+        if life == self._life:
+            self.tell(Arranged(self._clock.now_s))
+            if self._opened is not None:
+                self._opened()
+
+    def _move(self, command: Pin | Unpin) -> None:
+        takes_s = 0.0
+        if isinstance(command, Pin):
+            size = self._costs[command.model].slices[command.slice].weight_bytes
+            takes_s = size / self._shape.load_rate
+            self.counters.loads += 1
+            self.counters.loaded_bytes += size
+        self.counters.moves += 1
+        self._clock.at(self._clock.now_s + takes_s, self._moved, self._life)
+
+    def _moved(self, life: int) -> None:
+        if life == self._life:
+            self._takes.clear()
+            self.tell(Moved(self._clock.now_s))
+            plan = self.scheduler.plan
+            assert plan is not None
+            assert plan.total_bytes <= self._machine.budget, "more memory than there is"
+
+    # Runs.
+
+    def _begin(self) -> None:
+        """Begin runs on free lanes."""
+        clock, queue, counters = self._clock, self._queue, self.counters
+        lanes, now_s = self._shape.lanes, self._clock.now_s
+        while queue and self._running < lanes:
+            run = queue.popleft()
+            rows = 0
+            for part in run.batch:
+                rows += part.count
+            key = (run.model, run.first, rows)
+            takes = self._takes.get(key)
+            if takes is None:
+                takes = self._takes[key] = self._reckon(run, rows)
+            total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
+            if self._noise is not None:
+                more_s = (next(self._noise) - 1.0) * compute_s
+                compute_s += more_s
+                total_s += more_s
+            if self._resident is not None:
+                paging_s = self._paging_s(run, total_s)
+                compute_s += paging_s
+                total_s += paging_s
+            elif loads:
+                if self._joins(run, takes):
+                    load_bytes, load_s = 0, 0.0
+                else:
+                    counters.loads += loads
+                    counters.loaded_bytes += load_bytes
+            self._running += 1
+            counters.runs += 1
+            counters.tasks += rows * (run.last - run.first)
+            counters.busy_s += total_s / lanes
+            end_s = now_s + total_s
+            ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
+            clock.at(end_s, self._end, (self._life, ran))
+
+    def _joins(self, run: Run, takes: Takes) -> bool:
+        """Whether the run is in a gang with one that loads; else it begins one."""
+        key, now_s = (run.model, run.first), self._clock.now_s
+        gang = self._gangs.get(key)
+        if gang is not None and now_s < gang.until_s:
+            return True
+        self._gangs[key] = Gang(now_s, takes.total_s, 0.0, takes.ring_share)
+        return False
+
+    def _paging_s(self, run: Run, alone_s: float) -> float:
+        """Seconds in which the kernel loads pages for a pass.
+
+        Who begins later finds the pages that the other has loaded, until both are in step.
+        """
+        assert self._resident is not None
+        assert self._paging is not None
+        key, now_s = (run.model, run.first), self._clock.now_s
+        gang = self._gangs.get(key)
+        if gang is not None and now_s < gang.until_s:
+            return gang.paging_s * (1.0 - (now_s - gang.begin_s) / gang.total_s)
+        pages, share = self._resident.pass_pages(run.model, self._costs[run.model])
+        self.counters.pages += pages
+        paging_s = pages * self._paging.page_s
+        self._gangs[key] = Gang(now_s, alone_s + paging_s, paging_s, share)
+        return paging_s
+
+    def _end(self, facts: tuple[int, Ran]) -> None:
+        life, ran = facts
+        if life == self._life:
+            self._running -= 1
+            self.tell(ran)
+
+    def _reckon(self, run: Run, rows: int) -> Takes:
+        plan = self.scheduler.plan
+        assert plan is not None
+        factor = self._slow * self._calibration.compute_factor(run.model, run.first, rows)
+        return reckon(plan, self._shape, run, rows, factor, self._calibration.seal)

@@ -1,0 +1,172 @@
+"""A virtual server: an enclave with its scheduler, and the requests that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TypeAlias
+
+from lasagna.policy.cluster import Part, Server
+from lasagna.policy.costs import Forms
+from lasagna.policy.events import Arrived, Cancelled
+from lasagna.sim.arrivals import Arrival
+from lasagna.sim.clock import Clock
+from lasagna.sim.enclave import Counters, End, VirtualEnclave
+
+
+class Flow:
+    """A request on its way through the cluster.
+
+    Attributes:
+        request: its number.
+        arrival: how it came in; asked_s: when; deadline_s: till when its answer is worth something.
+        balancer: number of the one that it was sent to.
+        route: that it takes; hop: number of the part where it is, or to which it is carried.
+        attempt: how often it has begun. What was begun before is to be dropped.
+        place: the server that has it, and the ticket there; nothing while it is carried.
+    """
+
+    __slots__ = (
+        "arrival",
+        "attempt",
+        "balancer",
+        "deadline_s",
+        "hop",
+        "place",
+        "request",
+        "route",
+    )
+
+    def __init__(self, request: int, arrival: Arrival, balancer: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        limit_s = arrival.limit_s
+        self.deadline_s = None if limit_s is None else arrival.at_s + limit_s
+        self.balancer = balancer
+        self.route: tuple[Part, ...] = ()
+        self.hop = 0
+        self.attempt = 0
+        self.place: tuple[VirtualServer, int] | None = None
+
+
+MakeEnclave: TypeAlias = Callable[[Callable[[End], None], Callable[[], None]], VirtualEnclave]
+"""Makes a server's enclave, which calls these when a request leaves and when runs are possible."""
+
+
+class VirtualServer:
+    """One server of a cluster.
+
+    Attributes:
+        server: what it has.
+        models: its parts' costs, by their keys.
+        enclave: the present one; after a loss another, with another scheduler.
+        alive: whether requests that come in are taken.
+        losses: how often it was lost. What it sent before a loss and did not arrive is lost, too.
+        told_s: when balancers were told of its last loss, which comes before its return.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        server: Server,
+        models: Mapping[str, Forms],
+        make: MakeEnclave,
+        left: Callable[[VirtualServer, Flow, End], None],
+        opened: Callable[[VirtualServer], None],
+    ) -> None:
+        """Its first enclave is open at once, as soon as the clock runs.
+
+        Args:
+            clock: of everything that is simulated.
+            server: what it has.
+            models: of its parts; without any it idles.
+            make: makes an enclave.
+            left: is told of each request that leaves, and how.
+            opened: is told when an enclave takes runs, the first one and those after losses.
+        """
+        self._clock = clock
+        self.server = server
+        self.models = models
+        self._make = make
+        self._left = left
+        self._was_opened = opened
+        self._before = Counters()
+        self._tickets: dict[int, Flow] = {}
+        self._last_ticket = 0
+        self._factor = 1.0
+        self.losses = 0
+        self.alive = True
+        self.told_s = 0.0
+        self.enclave = make(self._ended, self._opened)
+        if models:
+            self.enclave.start(models, prepared=True)
+
+    @property
+    def counters(self) -> Counters:
+        """Of all enclaves that it has had."""
+        now = self.enclave.counters
+        names = [one.name for one in fields(Counters)]
+        return Counters(*(getattr(self._before, n) + getattr(now, n) for n in names))
+
+    def arrive(self, flow: Flow, admission: bool) -> None:
+        """A request's input is there; who is lost loses it.
+
+        Args:
+            flow: the request.
+            admission: whether the scheduler is told of its deadline.
+        """
+        if not self.alive:
+            return
+        self._last_ticket = ticket = self._last_ticket + 1
+        self._tickets[ticket] = flow
+        flow.place = self, ticket
+        arrival = flow.arrival
+        self.enclave.tell(
+            Arrived(
+                self._clock.now_s,
+                ticket,
+                flow.route[flow.hop].key,
+                arrival.rows,
+                arrival.tenant,
+                flow.deadline_s if admission else None,
+                arrival.priority,
+            )
+        )
+
+    def cancel(self, ticket: int) -> None:
+        """A request that is here is served elsewhere."""
+        if self._tickets.pop(ticket, None) is not None:
+            self.enclave.tell(Cancelled(self._clock.now_s, ticket))
+
+    def lose(self) -> None:
+        """The whole server is gone, with its scheduler and its requests."""
+        self._before = self.counters
+        self.losses += 1
+        self.alive = False
+        self._tickets.clear()
+        self.enclave.stop()
+        self.enclave = self._make(self._ended, self._opened)
+        self.enclave.slow(self._factor)
+
+    def slow(self, factor: float) -> None:
+        """From now on runs compute so many times as long as they did at first."""
+        self._factor = factor
+        self.enclave.slow(factor)
+
+    def return_after(self, pause_s: float) -> None:
+        """It is lost, and will start again then with nothing to do."""
+        self._clock.at(self._clock.now_s + pause_s, self._start, self.losses)
+
+    def _start(self, losses: int) -> None:
+        if losses == self.losses:
+            self.enclave.start(self.models)
+
+    def _opened(self) -> None:
+        self._was_opened(self)
+
+    def _ended(self, end: End) -> None:
+        flow = self._tickets.pop(end.request, None)
+        if flow is None:
+            return  # it was cancelled, and the answer was faster
+        flow.place = None
+        self._left(self, flow, end)
