@@ -156,7 +156,7 @@ def test_another_placement_is_for_new_requests() -> None:
 @pytest.mark.parametrize("rule", sorted(RULES))
 @given(st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=1, max_size=40))
 def test_every_rule_gives_whole_chains_and_counts_right(rule: str, draws: list[float]) -> None:
-    """Routes go from the first slice through the last; when all has ended nothing is outstanding."""
+    """Routes go from first slice through last; when all has ended nothing is outstanding."""
     parts = {
         Part("m", 0, 4, "a"): WHOLE,
         Part("m", 0, 2, "b"): HALF,

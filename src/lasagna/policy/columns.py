@@ -33,11 +33,11 @@ from lasagna.units import whole_pages
 
 SHARES: Final = (0.0, 0.5, 1.0)
 """Of a part's weights that may be pinned."""
-RUNNING: Final = (0.05, 0.12, 0.3, 0.6)
+RUNNING: Final = (0.08, 0.25, 0.6)
 """Shares of a server's memory that the running batch may take."""
 SLOTS: Final = 2
 """Of the ring: one to compute from, one to be filled. A server with more room makes it longer."""
-CUTS: Final = 10
+CUTS: Final = 8
 """So many cuts of a model are considered, beside its ends."""
 MAX_ROWS: Final = 32
 
@@ -125,9 +125,9 @@ def columns_of(cluster: Cluster, cuts: Mapping[str, Sequence[int]]) -> list[Colu
                 for a, first in enumerate(ends[:-1]):
                     for last in ends[a + 1 :]:
                         those = made.setdefault((first, last), [])
-                        those += sums.columns(model, first, last, number)
+                        those += sums.columns(model, first, last, number, room)
             for those in made.values():
-                found += _unbeaten(one for one in those if one.alone_bytes <= room)
+                found += _unbeaten(those)
     return found
 
 
@@ -192,8 +192,11 @@ class _Sums:
             for each in rows
         }
 
-    def columns(self, model: str, first: int, last: int, kind: int) -> list[Column]:
-        """The part with each share of its weights pinned, those of small batches first."""
+    def columns(self, model: str, first: int, last: int, kind: int, room: int) -> list[Column]:
+        """The part with each share of its weights pinned that there is room for.
+
+        Weights of stages with small batches are pinned first: they would be loaded most often.
+        """
         costs = self.costs
         stages = [
             Stage(max(first, one.first), min(last, one.last), one.rows)
@@ -211,17 +214,22 @@ class _Sums:
         slots = min(SLOTS, last - first)
         ring = slots * max(whole_pages(s.weight_bytes) for s in costs.slices[first:last])
         made = []
+        lanes = self.machine.lanes
+        running_bytes = lanes * whole_pages(running) + whole_pages(workspace) + inputs
         for share in SHARES:
-            loads = self._loads(stages, int(share * weights))
+            pinned, through = int(share * weights), ring if share < 1 else 0
+            if pinned + waiting + running_bytes + through > room:
+                continue
+            loads = self._loads(stages, pinned)
             made.append(
                 Column(
                     model,
                     first,
                     last,
                     kind,
-                    int(share * weights) + waiting,
-                    self.machine.lanes * whole_pages(running) + whole_pages(workspace) + inputs,
-                    ring if share < 1 else 0,
+                    pinned + waiting,
+                    running_bytes,
+                    through,
                     self._work_s(stages, loads, first, last),
                     self._through_s(stages, loads, first, last),
                     costs.cut_bytes[first],

@@ -3,12 +3,12 @@
 The relaxed program says how many servers' time each model needs of each kind. Models that need many
 are divided into units of a few servers, those that need little share a unit; servers are dealt out
 to the units by what they need of each kind. A unit is small enough for an integer program. Then
-servers go from the richest unit to the poorest, as long as that helps the poorest.
+the poorest is merged with a rich one, or gets a server of it, as long as that helps the poorest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -18,14 +18,17 @@ from lasagna.policy.flow import Choice, Flows
 
 UNIT: Final = 3.0
 """Servers of a unit, about."""
+MERGED: Final = 7
+"""Servers of a unit that two have been merged into, at most."""
 TRIES: Final = 3
-"""Of the richest units, so many are asked for a server."""
+"""Of the richest units, so many are asked for help."""
 
-Solve = Callable[[Cluster, Sequence[Column]], tuple[Choice, float]]
-"""Plans a small cluster with these columns: what it chose, and the scale; 0 where there is none."""
+Solve = Callable[[Cluster, Sequence[Column], Choice | None], tuple[Choice, float]]
+"""Plans a small cluster with these columns, beginning with a choice if there is one: what it chose,
+and the scale; 0 where there is none."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Unit:
     """Some servers, by number, for some models, with their share of the demand."""
 
@@ -89,10 +92,29 @@ class _Groups:
         kinds = [self._kinds[number] for number in unit.servers]
         key = tuple(kinds), tuple(sorted(unit.demand.items()))
         if key not in self._known:
-            self._known[key] = self._solved(unit, kinds)
+            self._known[key] = self._solved(unit, kinds, None)
         unit.choice, unit.scale = self._known[key]
 
-    def _solved(self, unit: _Unit, kinds: Sequence[int]) -> tuple[Choice, float]:
+    def _merged(self, one: _Unit, other: _Unit) -> _Unit:
+        """Both as one unit, planned from what they have."""
+        here = dict(zip(one.servers, one.choice.columns, strict=True))
+        here |= dict(zip(other.servers, other.choice.columns, strict=True))
+        demand = dict(one.demand)
+        for model, rate in other.demand.items():
+            demand[model] = demand.get(model, 0.0) + rate
+        needs = {
+            kind: one.needs.get(kind, 0.0) + other.needs.get(kind, 0.0)
+            for kind in {**one.needs, **other.needs}
+        }
+        unit = _Unit(demand, needs, sorted(here, key=lambda n: (self._kinds[n], n)))
+        kinds = [self._kinds[number] for number in unit.servers]
+        begin = Choice(tuple(here[number] for number in unit.servers))
+        unit.choice, unit.scale = self._solved(unit, kinds, begin)
+        return unit
+
+    def _solved(
+        self, unit: _Unit, kinds: Sequence[int], begin: Choice | None
+    ) -> tuple[Choice, float]:
         if not kinds:
             return Choice(()), 0.0
         small = replace(
@@ -107,19 +129,25 @@ class _Groups:
             for column in self.columns
             if column.kind in inner and column.model in unit.demand
         ]
-        choice, scale = self.solve(small, own)
-        outer = {number: kind for kind, number in inner.items()}
-        renamed = tuple(
-            tuple(replace(column, kind=outer[column.kind]) for column in here)
-            for here in choice.columns
-        )
-        return Choice(renamed), scale
+        if begin is not None:
+            begin = _renamed(begin, inner)
+        choice, scale = self.solve(small, own, begin)
+        return _renamed(choice, {number: kind for kind, number in inner.items()}), scale
 
-    def _level(self, units: Sequence[_Unit]) -> bool:
-        """Give the poorest unit a server of a rich one; whether that helped."""
+    def _level(self, units: list[_Unit]) -> bool:
+        """Merge the poorest unit with a rich one, or give it a server; whether that helped."""
         by_scale = sorted(units, key=lambda unit: unit.scale)
-        poorest = by_scale[0]
-        for rich in by_scale[: -TRIES - 1 : -1]:
+        poorest, rich_ones = by_scale[0], by_scale[: -TRIES - 1 : -1]
+        for rich in rich_ones:
+            if rich is poorest or len(rich.servers) + len(poorest.servers) > MERGED:
+                continue
+            both = self._merged(poorest, rich)
+            if both.scale > poorest.scale * (1 + 1e-3):
+                units[:] = [unit for unit in units if unit not in (poorest, rich)] + [both]
+                return True
+            if not self.left():
+                return False
+        for rich in rich_ones:
             if rich is poorest or len(rich.servers) < 2:
                 continue
             for number in {self._kinds[n]: n for n in rich.servers}.values():
@@ -137,6 +165,16 @@ class _Groups:
                 if not self.left():
                     return False
         return False
+
+
+def _renamed(choice: Choice, kinds: Mapping[int, int]) -> Choice:
+    """The same columns, with other numbers for the kinds of servers."""
+    return Choice(
+        tuple(
+            tuple(replace(column, kind=kinds[column.kind]) for column in here)
+            for here in choice.columns
+        )
+    )
 
 
 def _units(cluster: Cluster, most: Flows) -> list[_Unit]:

@@ -145,11 +145,13 @@ class _Search:
             return self._rounded(columns, most, near, until_s)
         until_s = (self.clock() + 3 * until_s) / 4
 
-        def solve(small: Cluster, own: Sequence[Column]) -> tuple[Choice, float]:
+        def solve(
+            small: Cluster, own: Sequence[Column], begin: Choice | None
+        ) -> tuple[Choice, float]:
             limit_s = max(UNIT_S, (until_s - self.clock()) / 50)
             options = replace(self.options, objective="throughput", time_limit_s=limit_s)
             try:
-                flows, _, choice = _Search(small, options, self.clock, {}).run(own, None)
+                flows, _, choice = _Search(small, options, self.clock, {}).run(own, begin)
             except BudgetError:
                 return Choice(((),) * len(small.servers)), 0.0
             return choice, flows.scale
