@@ -75,6 +75,27 @@ def test_the_idle_server_is_taken_and_then_the_one_that_is_free_first() -> None:
     assert later.expected_s - 10.0 == pytest.approx(first.expected_s)
 
 
+def test_flows_become_those_of_the_plan_before_a_server_is_missed_by_another_model() -> None:
+    """Model m would be quicker over b, on which alone n lives: the plan leaves that to n."""
+    parts = {
+        Part("m", 0, 4, "a"): replace(WHOLE, rate=20.0),
+        Part("m", 0, 4, "b"): replace(WHOLE, through_s=0.01, work_s=0.02, rate=1.0),
+        Part("n", 0, 4, "b"): replace(WHOLE, rate=20.0),
+    }
+    models = dict.fromkeys("mn", (COSTS,))
+    both = Cluster((server("a"), server("b")), models, {"m": 20.0, "n": 20.0})
+    balancer = Balancer(both, placement(parts))
+    assert servers_of(routed(balancer, 0)) == ["b"]  # nobody needs it yet
+    now_s, sent = 0.0, Counter[str]()
+    for number in range(1, 400):
+        now_s += 1 / 40
+        if number % 2:
+            balancer.handle(Asked(now_s, number, "n", 0.5))
+        else:
+            sent[servers_of(routed(balancer, number, now_s))[0]] += 1
+    assert sent["b"] <= 0.15 * sent["a"]
+
+
 def test_a_report_sets_right_what_was_believed() -> None:
     """Others' requests are known by a report only, and what was sent since comes on top."""
     balancer = two_wholes()

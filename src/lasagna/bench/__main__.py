@@ -25,6 +25,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "overhead": "lasagna.bench.overhead",
     "plan": "lasagna.bench.plan",
     "policy": "lasagna.bench.policy",
+    "scale": "lasagna.bench.scale",
 }
 PARTED: Final = frozenset(["local"])
 

@@ -12,6 +12,12 @@ report of the server sets right. So the belief is wrong by what others have sent
 since it was measured, which ``Beliefs.age_s`` bounds: no more than arrives in the reporting period
 and the delay of a report, and no more than that much time can drain.
 
+A server's time is not all that is scarce: the cheapest route of one model may take the only server
+on which another can live. The plan has reckoned with that. So each part has a bucket of its own as
+well, which drains at the rate that the plan sends through it (less, if its server has slowed down):
+who would use a part beyond its rate is ranked as if he had to wait for that. With little load the
+bucket is empty, and the quickest route is taken; with much of it, flows are those of the plan.
+
 The other rules are for comparison. They choose hop by hop, and know less.
 """
 
@@ -68,6 +74,10 @@ class Belief:
         """Seconds of work before a request that comes in then."""
         return max(0.0, self._level_s - max(0.0, now_s - self._at_s))
 
+    def through_s(self, costs: PartCosts, rows: int) -> float:
+        """Seconds of a request in it, when its turn has come."""
+        return self.factor * (costs.through_s + (rows - 1) * costs.work_s)
+
     def send(self, arrives_s: float, work_s: float) -> None:
         """A request will come in there, and mean so much work."""
         self._sends.append((arrives_s, work_s))
@@ -100,6 +110,21 @@ class Belief:
 
 
 @dataclass(slots=True, eq=False)
+class _Share:
+    """Of a part's planned rate, what has been used of late: seconds until it is free again."""
+
+    level_s: float = 0.0
+    at_s: float = 0.0
+
+    def wait_s(self, now_s: float) -> float:
+        return max(0.0, self.level_s - max(0.0, now_s - self.at_s))
+
+    def use(self, now_s: float, rate: float, rows: int) -> None:
+        self.level_s = self.wait_s(now_s) + rows / rate
+        self.at_s = max(self.at_s, now_s)
+
+
+@dataclass(slots=True, eq=False)
 class _Network:
     """The parts of one model, by the cut at which they begin."""
 
@@ -107,7 +132,7 @@ class _Network:
     begins: dict[int, list[tuple[Part, PartCosts]]] = field(default_factory=dict)
 
 
-Rule = Callable[["Balancer", _Network, Asked], "tuple[tuple[Part, ...], float] | None"]
+Rule = Callable[["Balancer", _Network, Asked], "tuple[Part, ...] | None"]
 
 
 class Balancer:
@@ -134,6 +159,7 @@ class Balancer:
         self._routes: dict[int, tuple[tuple[Part, ...], int]] = {}
         self._asked: dict[int, Asked] = {}
         self._placement = placement
+        self._shares: dict[Part, _Share] = {}
         self._take(placement)
 
     @property
@@ -168,6 +194,11 @@ class Balancer:
         """Parts that begin at a cut, on servers that are there."""
         return network.begins.get(cut, [])
 
+    def held_s(self, part: Part, now_s: float) -> float:
+        """Seconds for which the part has been used beyond the rate that the plan has for it."""
+        share = self._shares.get(part)
+        return 0.0 if share is None else share.wait_s(now_s)
+
     def turn(self, model: str, cut: int) -> int:
         """Counts from 0, for each model and cut."""
         count = self._turns.get((model, cut), 0)
@@ -187,10 +218,10 @@ class Balancer:
         network = self._networks.get(event.model)
         if network is None:
             return Reject(event.request, 0.0, f"no model {event.model!r} is served here")
-        found = self._choose(self, network, event)
-        if found is None:
+        route = self._choose(self, network, event)
+        if route is None:
             return Reject(event.request, 1.0, f"no servers have all of {event.model!r} now")
-        route, expected_s = found
+        _, expected_s = self._times(event, route)
         if event.deadline_s is not None and expected_s > event.deadline_s:
             late_s = expected_s - event.deadline_s
             return Reject(event.request, late_s, f"it would be answered {late_s:.3g} s too late")
@@ -202,13 +233,26 @@ class Balancer:
         """Believe what the route's servers will have to do."""
         self._routes[event.request] = route, 0
         self.servers[route[0].server].outstanding += 1
+        comes_s, _ = self._times(event, route)
+        for part, time_s in zip(route, comes_s, strict=True):
+            costs, belief = self._placement.parts[part], self.servers[part.server]
+            belief.send(time_s, costs.work_s * belief.factor * event.rows)
+            if costs.rate > 0.0:
+                share = self._shares.setdefault(part, _Share())
+                share.use(event.at_s, costs.rate / belief.factor, event.rows)
+
+    def _times(self, event: Asked, route: tuple[Part, ...]) -> tuple[list[float], float]:
+        """When a request is expected at each of its parts, and when its answer is."""
+        comes_s: list[float] = []
         now_s, before = event.at_s, None
         for part in route:
             costs, belief = self._placement.parts[part], self.servers[part.server]
             now_s += carry_s(costs.in_bytes * event.rows, before, belief.server)
-            begins_s = now_s + belief.backlog_s(now_s)
-            belief.send(now_s, costs.work_s * belief.factor * event.rows)
-            now_s, before = begins_s + costs.through_s * belief.factor, belief.server
+            comes_s.append(now_s)
+            now_s += belief.backlog_s(now_s) + belief.through_s(costs, event.rows)
+            before = belief.server
+        size = self._placement.parts[route[-1]].out_bytes * event.rows
+        return comes_s, now_s + carry_s(size, before, None)
 
     def _passed(self, request: int, hop: int) -> None:
         """The request is on its way to the part with this number."""
@@ -254,13 +298,11 @@ class Balancer:
         ]
 
 
-def _earliest(
-    balancer: Balancer, network: _Network, event: Asked
-) -> tuple[tuple[Part, ...], float] | None:
-    """The route whose answer is expected first; ties go to the part with more of the plan's flow.
+def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part, ...] | None:
+    """The route that ends first, where shares are kept to.
 
-    Labels are kept by the cut reached and the server that holds it: where a request is decides
-    what carrying it on costs.
+    Ties go to the part with more of the plan's flow. Labels are kept by the cut reached and the
+    server that holds it: where a request is decides what carrying it on costs.
     """
     reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
     best: tuple[float, float, tuple[Part, ...]] | None = None
@@ -271,8 +313,9 @@ def _earliest(
             for server, time_s, route in here:
                 before = balancer.servers[server].server if server else None
                 comes_s = time_s + carry_s(costs.in_bytes * event.rows, before, belief.server)
-                ends_s = comes_s + belief.backlog_s(comes_s)
-                ends_s += belief.factor * (costs.through_s + (event.rows - 1) * costs.work_s)
+                held_s = balancer.held_s(part, event.at_s)
+                ends_s = comes_s + max(belief.backlog_s(comes_s), held_s)
+                ends_s += belief.through_s(costs, event.rows)
                 longer = (*route, part)
                 if part.last == network.slices:
                     ends_s += carry_s(costs.out_bytes * event.rows, belief.server, None)
@@ -282,17 +325,15 @@ def _earliest(
                 known = reached.get((part.last, part.server))
                 if known is None or ends_s < known[0]:
                     reached[part.last, part.server] = ends_s, longer
-    return None if best is None else (best[2], best[0])
+    return None if best is None else best[2]
 
 
 def _hop_by_hop(
     pick: Callable[[Balancer, list[tuple[Part, PartCosts]], Asked, int], Part],
 ) -> Rule:
-    """A rule that chooses among the parts at each cut, and doesn't reckon."""
+    """A rule that chooses among the parts at each cut, and looks no further."""
 
-    def rule(
-        balancer: Balancer, network: _Network, event: Asked
-    ) -> tuple[tuple[Part, ...], float] | None:
+    def rule(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part, ...] | None:
         route: list[Part] = []
         cut = 0
         while cut < network.slices:
@@ -301,7 +342,7 @@ def _hop_by_hop(
                 return None
             route.append(pick(balancer, parts, event, len(route)))
             cut = route[-1].last
-        return tuple(route), float("nan")
+        return tuple(route)
 
     return rule
 

@@ -100,7 +100,7 @@ class Dispatch:
     request: int
     route: tuple[Part, ...]
     expected_s: float
-    """When its answer is expected; NaN from a rule that does not reckon."""
+    """When its answer is expected."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,108 @@
+"""How fast clusters are simulated: tasks a second on one core, and microseconds a request.
+
+A task is one slice of one row. Sixteen servers with an emulated-size EPC serve measured models
+(``examples/costs``), each server one of them or all of them, at 80 % of what the placement without
+a plan promises. Memory plans are worked out in a first run that is not counted: they are kept.
+Counted are processor seconds of this process. 10 million requests on 1,000 servers are to come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lasagna.bench.report import Bar, Result
+from lasagna.cli.costs_file import read_costs
+from lasagna.policy.cluster import Cluster, Server, sliced
+from lasagna.policy.costs import Forms
+from lasagna.policy.placed import Placement
+from lasagna.policy.spread import whole_models
+from lasagna.policy.stages import Machine
+from lasagna.policy.state import Settings
+from lasagna.sim.arrivals import poisson, requests
+from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.options import Options
+from lasagna.sim.planner import Planner
+
+LIMIT: Final = 200_000.0
+SERVERS: Final = 16
+MODELS: Final = ("resnet50", "alexnet", "inception_v2", "minilm")
+LOAD: Final = 0.8
+MACHINE: Final = Machine(79_500_000, 2, 2, 3e9, 0.0003)
+COSTS: Final = Path(__file__).resolve().parents[3] / "examples/costs"
+
+
+def _models() -> dict[str, Forms]:
+    return dict(read_costs(COSTS / f"{name}.json") for name in MODELS)
+
+
+def _cluster(models: Mapping[str, Forms]) -> Cluster:
+    servers = tuple(Server(f"s{number}", MACHINE) for number in range(SERVERS))
+    return Cluster(servers, models, dict.fromkeys(models, 1.0))
+
+
+def _apart(placement: Placement) -> Placement:
+    """Each server with one of the models, in turn."""
+    parts = {
+        part: costs
+        for part, costs in placement.parts.items()
+        if part.model == MODELS[int(part.server[1:]) % len(MODELS)]
+    }
+    return replace(placement, parts=parts)
+
+
+def _measure(cluster: Cluster, placement: Placement, planner: Planner, count: int) -> np.ndarray:
+    """Tasks a second, and seconds a request."""
+    rng = np.random.default_rng(1)
+    load = itertools.islice(
+        requests(rng, poisson(rng, LOAD * placement.throughput), dict(cluster.demand)), count
+    )
+    options = Options(settings=Settings(queue_rows=10**6))
+    begin = time.process_time()
+    outcome = VirtualCluster(cluster, placement, options, seed=1, planner=planner).run(load)
+    took_s = time.process_time() - begin
+    figures = outcome.requests.figures()
+    assert figures.answered == count
+    tasks = sum(
+        outcome.requests.figures(name).answered * len(sliced(forms).slices)
+        for name, forms in cluster.models.items()
+    )
+    return np.array([tasks / took_s, took_s / count])
+
+
+def run(*, quick: bool) -> Result:
+    """Simulate both placements, in rounds."""
+    cluster = _cluster(_models())
+    every = whole_models(cluster)
+    cases = {"one model a server": _apart(every), "four models a server": every}
+    count = 5_000 if quick else 30_000
+    planner = Planner()
+    samples: dict[str, list[float]] = {}
+    for placement in cases.values():
+        _measure(cluster, placement, planner, count)
+    for _ in range(3 if quick else 7):
+        for name, placement in cases.items():
+            tasks, seconds = _measure(cluster, placement, planner, count)
+            samples.setdefault(f"tasks a second, {name}", []).append(tasks)
+            samples.setdefault(f"us a request, {name}", []).append(1e6 * seconds)
+    rates = {name: float(np.median(samples[f"tasks a second, {name}"])) for name in cases}
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(list(rates), [rate / 1000 for rate in rates.values()], color="#2a6f97")
+    axes.axhline(LIMIT / 1000, color="#bc4b51", linestyle=":", label="the bar")
+    axes.set_ylabel("thousand tasks a second, one core")
+    axes.set_title("What is simulated (a task: one slice of one row)")
+    axes.legend()
+    return Result(
+        samples=samples,
+        bars=[Bar(f"tasks simulated, {name}", rate, LIMIT, "/s") for name, rate in rates.items()],
+        extra={"servers": SERVERS, "models": list(MODELS), "requests": count, "load": LOAD},
+        figure=figure,
+    )
