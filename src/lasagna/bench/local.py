@@ -53,9 +53,12 @@ from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import End, Profile, profile
 from lasagna.units import Bytes, format_bytes
 
-BESIDE_BYTES: Final = 14_000_000
-"""EPC for what is not in a plan: interpreter, sessions, frames, hot code. Faults would show if it
-were too little."""
+BESIDE_BYTES: Final = 12_000_000
+"""EPC for what is not in a plan: interpreter, frames, hot code. Faults would show if it were too
+little."""
+BESIDE_EACH: Final = 2_000_000
+"""The same for each model: its sessions. With seven models the hot footprint was 17.6 MB, with one
+7.5 to 8.2 (docs/experiments/0006-where-two-threads-lost-time.md)."""
 SCENARIOS: Final[dict[str, dict[str, float]]] = {
     "alexnet": {"alexnet": 1},
     "vgg19": {"vgg19": 1},
@@ -238,7 +241,7 @@ async def _start(
     sockets = folder / "sockets"
     sockets.mkdir(mode=0o700, exist_ok=True)
     config = HostConfig(
-        budget=Bytes(costs.epc_bytes - BESIDE_BYTES),
+        budget=Bytes(costs.epc_bytes - BESIDE_BYTES - BESIDE_EACH * len(mix)),
         threads=threads,
         policy=policy,
         queue_limit=4096,
