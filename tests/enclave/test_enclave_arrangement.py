@@ -15,9 +15,9 @@ from lasagna.enclave.arrangement import Arrangement, RefusedModelError
 from lasagna.enclave.model import LoadedModel, Model
 from lasagna.errors import BudgetError, InvalidInputError, ModelNotFoundError, PackageError
 from lasagna.package.format import SliceFacts
-from lasagna.package.forms import Form
+from lasagna.package.forms import Form, boundary
 from lasagna.policy.plan import Style
-from lasagna.units import MIB
+from lasagna.units import MIB, whole_pages
 
 from .conftest import Sealed
 from .placing import loaded_model, placed, planned
@@ -55,6 +55,21 @@ def test_what_the_host_plans_the_enclave_has_room_for(
     assert sorted(made.models[loaded.digest].cuts) == [stage.first for stage in stages[1:]]
     pinned = [n for n in range(len(made.weights.pieces)) if made.weights.is_pinned(n)]
     assert pinned == sorted(plan.pinned["squeezenet"])
+
+
+def test_a_cut_of_several_tensors_takes_what_the_plan_has_for_it(loaded: LoadedModel) -> None:
+    """Rounded to pages once, not for each tensor: with many cuts that was more than was planned."""
+    variant = loaded.variant
+    count = len(variant.slices)
+    cut = max(range(1, count), key=lambda n: len(boundary(variant, n)))
+    sizes = [variant.tensor_bytes[tensor] for tensor in boundary(variant, cut)]
+    assert len(sizes) > 1
+    _, command = planned(loaded, ROOMY, rows=1, style=Style(staged=False, pin=False, whole=False))
+    (wish,) = command.models
+    stages = (m.StageWish(0, cut, 1, 0), m.StageWish(cut, count, 1, 3))
+    whole = placed(loaded, command, ROOMY)
+    cut_up = placed(loaded, replace(command, models=(replace(wish, stages=stages),)), ROOMY)
+    assert cut_up.pool.used - whole.pool.used == whole_pages(3 * sum(sizes))
 
 
 def starved(facts: SliceFacts) -> SliceFacts:

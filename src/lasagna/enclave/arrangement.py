@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Final
 
 import msgspec
@@ -208,7 +209,10 @@ def _model(
             weights.pin_now(base + number)
     for stage in wish.stages[1:]:
         sizes = [variant.tensor_bytes[tensor] for tensor in boundary(variant, stage.first)]
-        memories = [weights.pool.take(size * stage.held_rows) for size in sizes]
+        # One piece for all tensors, as the plan has it: each would be rounded up to a page.
+        memory = weights.pool.take(sum(sizes) * stage.held_rows)
+        ends = [size * stage.held_rows for size in accumulate(sizes, initial=0)]
+        memories = [memory[begin:end] for begin, end in pairwise(ends)]
         cuts[stage.first] = Cut(sizes, memories, stage.held_rows)
     opened = sessions.of(loaded, variant, constants, wish.form)
     return Model(loaded, wish.form, variant, details, opened, base, cuts)
