@@ -10,7 +10,7 @@ memory to itself: what that reaches, no choice of columns exceeds.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -26,6 +26,11 @@ _TANGENTS: Final = (0.1, 0.3, 0.5, 0.65, 0.75, 0.85)
 """Shares of busy time at which the length of a queue is reckoned with."""
 _TIE: Final = 1e-4
 """Of the scale that may be lost for a latency that is better by all of it."""
+
+
+def free_of_charge(server: int, column: Column) -> float:
+    """Columns that cost nothing but what they take."""
+    return 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +187,7 @@ def place(
     *,
     limit_s: float = NO_LIMIT_S,
     gap: float = 0.0,
-    moving: Mapping[tuple[int, Column], float] | None = None,
+    moving: Callable[[int, Column], float] = free_of_charge,
     known: Flows | None = None,
 ) -> tuple[Choice, Flows | None]:
     """Choose the columns of some servers anew, for the best objective.
@@ -194,7 +199,7 @@ def place(
         objective: what is best.
         limit_s: seconds for the solver.
         gap: share of the objective that need not be found.
-        moving: what having a column on a server costs of the objective.
+        moving: what having a column on a server, by its number, costs of the objective.
         known: what the choice so far carries, for the solver to begin with.
 
     Returns:
@@ -213,7 +218,7 @@ def place(
             used.append((rate, column))
             rates.append((number, (rate, column)))
             if number in free:
-                cost = (moving or {}).get((number, column), 0.0)
+                cost = moving(number, column)
                 pick = built.program.variable(-cost, 0.0, 1.0, integer=True)
                 built.program.row([(rate, 1.0), (pick, -most)], -float("inf"), 0.0)
                 picks[number, column] = pick

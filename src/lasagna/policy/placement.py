@@ -23,12 +23,13 @@ from lasagna.policy.flow import (
     Objective,
     chosen,
     fits,
+    free_of_charge,
     place,
     relaxed,
 )
 from lasagna.policy.groups import in_groups
 from lasagna.policy.placed import Placement, connected
-from lasagna.policy.promise import bound_of, lengths_of, placement_of
+from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_chains, why_not
 
 NEAR: Final = 24
 """Columns of each kind of server that the integer programs choose from, beside the needed ones."""
@@ -72,7 +73,7 @@ def plan_cluster(
     *,
     clock: Callable[[], float] = lambda: 0.0,
     begin: Choice | None = None,
-    moving: Mapping[tuple[int, Column], float] | None = None,
+    moving: Callable[[int, Column], float] = free_of_charge,
 ) -> Placement:
     """Plan where the models' slices live.
 
@@ -90,9 +91,9 @@ def plan_cluster(
     until_s = clock() + options.time_limit_s
     cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
     columns = columns_of(cluster, cuts)
-    _require_chains(cluster, columns)
+    require_chains(cluster, columns)
     left = replace(options, time_limit_s=until_s - clock())
-    flows, most, _ = _Search(cluster, left, clock, moving or {}).run(columns, begin)
+    flows, most, _ = _Search(cluster, left, clock, moving).run(columns, begin)
     return placement_of(cluster, flows, bound_of(most, options.objective))
 
 
@@ -101,7 +102,7 @@ class _Search:
     cluster: Cluster
     options: PlanOptions
     clock: Callable[[], float]
-    moving: Mapping[tuple[int, Column], float]
+    moving: Callable[[int, Column], float]
 
     def run(self, columns: Sequence[Column], begin: Choice | None) -> tuple[Flows, Flows, Choice]:
         """What the plan carries, what the relaxed program does, and the plan."""
@@ -111,12 +112,14 @@ class _Search:
         if found is None and objective == "latency":  # too much load: then as much as possible
             objective, found = "throughput", relaxed(cluster, columns, "throughput")
         if found is None:
-            raise BudgetError(_late(cluster))
+            raise BudgetError(why_not(cluster))
         most, costs = found
         near = self._near(columns, most, costs)
         free = {number: near[kind] for number, kind in enumerate(self._kinds)}
         if sum(map(len, self._every(columns).values())) <= SMALL:
             free = self._every(columns)
+        if begin is not None:
+            free = {n: [*dict.fromkeys((*begin.columns[n], *free[n]))] for n in free}
         if self.options.exact:
             every = self._every(columns)
             nothing = Choice(((),) * len(cluster.servers))
@@ -130,7 +133,7 @@ class _Search:
             if flows is None:
                 flows = chosen(cluster, choice, "throughput")
         if flows is None or flows.scale <= 0.0:
-            raise BudgetError(_late(cluster))
+            raise BudgetError(why_not(cluster))
         return flows, most, choice
 
     def _begun(
@@ -151,7 +154,9 @@ class _Search:
             limit_s = max(UNIT_S, (until_s - self.clock()) / 50)
             options = replace(self.options, objective="throughput", time_limit_s=limit_s)
             try:
-                flows, _, choice = _Search(small, options, self.clock, {}).run(own, begin)
+                flows, _, choice = _Search(small, options, self.clock, free_of_charge).run(
+                    own, begin
+                )
             except BudgetError:
                 return Choice(((),) * len(small.servers)), 0.0
             return choice, flows.scale
@@ -355,7 +360,7 @@ class _Search:
         if flows is None:
             return -float("inf")
         moved = sum(
-            self.moving.get((number, column), 0.0)
+            self.moving(number, column)
             for number, here in enumerate(choice.columns)
             for column in here
         )
@@ -381,20 +386,3 @@ class _Search:
 
 def _same_part(one: Column, other: Column) -> bool:
     return (one.model, one.first, one.last) == (other.model, other.first, other.last)
-
-
-def _require_chains(cluster: Cluster, columns: Sequence[Column]) -> None:
-    parts = {Part(c.model, c.first, c.last, "") for c in columns}
-    for model, chain in connected(parts, lengths_of(cluster)).items():
-        if not chain:
-            raise BudgetError(
-                f"{model!r} can't be placed: a part of it fits on none of the servers, not even "
-                "alone and streamed. Seal it with smaller --slice-bytes, or give a server more EPC"
-            )
-
-
-def _late(cluster: Cluster) -> str:
-    limits = ", ".join(f"{name} {s * 1000:.3g} ms" for name, s in cluster.limits_s.items())
-    return (
-        f"no placement keeps the latency limits ({limits})" if limits else "nothing can be served"
-    )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.columns import Column
 from lasagna.policy.flow import Flows, Objective, latency_of
-from lasagna.policy.placed import Bound, PartCosts, Placement
+from lasagna.policy.placed import Bound, PartCosts, Placement, connected
 
 
 def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:
@@ -88,3 +89,26 @@ def _latencies(cluster: Cluster, flows: Flows, waits: Mapping[int, float]) -> di
 def lengths_of(cluster: Cluster) -> dict[str, int]:
     """How many slices each model with demand has."""
     return {name: len(sliced(cluster.models[name]).slices) for name in cluster.wanted}
+
+
+def require_chains(cluster: Cluster, columns: Sequence[Column]) -> None:
+    """Check that every model could be placed, if it had all servers to itself.
+
+    Raises:
+        BudgetError: some part of a model fits nowhere.
+    """
+    parts = {Part(c.model, c.first, c.last, "") for c in columns}
+    for model, chain in connected(parts, lengths_of(cluster)).items():
+        if not chain:
+            raise BudgetError(
+                f"{model!r} can't be placed: a part of it fits on none of the servers, not even "
+                "alone and streamed. Seal it with smaller --slice-bytes, or give a server more EPC"
+            )
+
+
+def why_not(cluster: Cluster) -> str:
+    """Why there is no placement, although every model could be placed alone."""
+    limits = ", ".join(f"{name} {s * 1000:.3g} ms" for name, s in cluster.limits_s.items())
+    return (
+        f"no placement keeps the latency limits ({limits})" if limits else "nothing can be served"
+    )

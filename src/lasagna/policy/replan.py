@@ -1,0 +1,209 @@
+"""Another placement when servers, models or load have changed: worth its moves, and step by step.
+
+What the present parts can still do is reckoned anew on the changed cluster (``kept``), and the
+search for a better placement begins there, with a price on every slice that would have to be moved.
+The result is taken only if it serves more over a horizon than moving costs. It is brought about one
+part at a time (``steps``), so that requests go on meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster, Part, Server, part_of, sliced
+from lasagna.policy.columns import Column, columns_of, kinds_of
+from lasagna.policy.flow import Choice, place, relaxed
+from lasagna.policy.memory import require_fits
+from lasagna.policy.placed import Placement, connected
+from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.promise import bound_of, lengths_of, placement_of
+
+HORIZON_S: Final = 600.0
+"""For so long a change is expected to last."""
+SPARE: Final = 1.25
+"""Load, in multiples of the demand, beyond which more is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replanned:
+    """What was found.
+
+    Attributes:
+        present: what the parts that are there can do now; None if some model has no chain left.
+        best: the other placement.
+        moved_bytes: of weights that it takes to servers that have not got them.
+        gain: requests that it serves more in the horizon, once all is moved.
+        cost: requests that its servers do not serve while they load.
+    """
+
+    present: Placement | None
+    best: Placement
+    moved_bytes: int
+    gain: float
+    cost: float
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether to apply it."""
+        return self.present is None or self.gain > self.cost
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Load a part on its server, or give it up."""
+
+    part: Part
+    add: bool
+
+
+def replan(
+    cluster: Cluster,
+    parts: Iterable[Part],
+    options: PlanOptions | None = None,
+    *,
+    clock: Callable[[], float] = lambda: 0.0,
+    horizon_s: float = HORIZON_S,
+) -> Replanned:
+    """Look for a better placement than the present one.
+
+    Args:
+        cluster: as it is now.
+        parts: that are loaded; those of servers and models that are gone don't count.
+        options: of the search.
+        clock: seconds of a steady clock.
+        horizon_s: for how long the cluster is expected to stay so.
+
+    Raises:
+        BudgetError: as of ``plan_cluster``.
+    """
+    options = options or PlanOptions()
+    names = {server.name for server in cluster.servers}
+    there = [part for part in parts if part.server in names and part.model in cluster.wanted]
+    choice, present = kept(cluster, there)
+    rates = dict.fromkeys(names, 0.0)
+    for part, costs in present.parts.items() if present is not None else ():
+        rates[part.server] += costs.rate
+    total = sum(cluster.demand[name] for name in cluster.wanted)
+
+    def price(number: int, column: Column) -> float:
+        server = cluster.servers[number]
+        size = _missing(cluster, there, column.model, column.first, column.last, server.name)
+        return rates[server.name] * _moving_s(server, size) / (horizon_s * total)
+
+    begin = choice if present is not None else None
+    best = plan_cluster(cluster, options, clock=clock, begin=begin, moving=price)
+    moved = {
+        part: _missing(cluster, there, part.model, part.first, part.last, part.server)
+        for part in best.parts
+    }
+    before = min(SPARE, present.scale) if present is not None else 0.0
+    sizes = dict.fromkeys(names, 0)
+    for part, size in moved.items():
+        sizes[part.server] += size
+    cost = sum(rates[name] * _moving_s(cluster.server(name), sizes[name]) for name in sizes)
+    moving_s = max(_moving_s(cluster.server(name), size) for name, size in sizes.items())
+    gain = (min(SPARE, best.scale) - before) * total * max(0.0, horizon_s - moving_s)
+    return Replanned(present, best, sum(moved.values()), gain, cost)
+
+
+def kept(cluster: Cluster, parts: Iterable[Part]) -> tuple[Choice, Placement | None]:
+    """What these parts can do on the cluster as it is: pinned or streamed as fits now.
+
+    Returns:
+        Their columns, and the placement; None if some model has no chain of them.
+    """
+    there = set(parts)
+    lengths = lengths_of(cluster)
+    ends: dict[str, set[int]] = {model: set() for model in cluster.wanted}
+    for part in there:
+        ends[part.model] |= {part.first, part.last}
+    cuts = {name: sorted(found - {0, lengths[name]}) for name, found in ends.items()}
+    columns = columns_of(cluster, cuts)
+    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    free = {
+        number: [
+            column
+            for column in columns
+            if column.kind == kinds[server.kind]
+            and Part(column.model, column.first, column.last, server.name) in there
+        ]
+        for number, server in enumerate(cluster.servers)
+    }
+    nothing = Choice(((),) * len(cluster.servers))
+    choice, flows = place(cluster, nothing, free, "throughput", gap=0.01, limit_s=5.0)
+    most = relaxed(cluster, columns, "throughput")
+    if flows is None or flows.scale <= 0.0 or most is None:
+        return nothing, None
+    return choice, placement_of(cluster, flows, bound_of(most[0], "throughput"))
+
+
+def steps(cluster: Cluster, present: Iterable[Part], wanted: Iterable[Part]) -> list[Step]:
+    """One part at a time from some parts to others.
+
+    A part is loaded before what it replaces is given up, if its server has memory for both. If not,
+    what is given up first is, if there is one, a part without which all models still have chains.
+
+    Args:
+        cluster: with both sets' servers and models.
+        present: parts that are loaded.
+        wanted: parts to come to.
+    """
+    now, goal = set(present), set(wanted)
+    done: list[Step] = []
+
+    def change(part: Part, *, add: bool) -> None:
+        (now.add if add else now.discard)(part)
+        done.append(Step(part, add))
+
+    for part in sorted(goal - now):
+        while not _fits(cluster, part.server, {*now, part}):
+            leaving = sorted(one for one in now - goal if one.server == part.server)
+            if not leaving:
+                break  # the server's planner has the last word
+            change(max(leaving, key=lambda one: (_served(cluster, now - {one}), one)), add=False)
+        change(part, add=True)
+    for part in sorted(now - goal):
+        change(part, add=False)
+    return done
+
+
+def _missing(
+    cluster: Cluster, there: Iterable[Part], model: str, first: int, last: int, server: str
+) -> int:
+    """Bytes of weights that the server has not got."""
+    has = {
+        number
+        for part in there
+        if part.server == server and part.model == model
+        for number in range(part.first, part.last)
+    }
+    slices = sliced(cluster.models[model]).slices
+    return sum(slices[number].weight_bytes for number in range(first, last) if number not in has)
+
+
+def _moving_s(server: Server, size: int) -> float:
+    """Seconds in which so many bytes come in and are decrypted."""
+    return size / server.bandwidth + size / server.machine.load_rate
+
+
+def _fits(cluster: Cluster, server: str, parts: Iterable[Part]) -> bool:
+    forms = {
+        part.key: part_of(cluster.models[part.model], part.first, part.last)
+        for part in parts
+        if part.server == server
+    }
+    try:
+        require_fits(forms, cluster.server(server).machine.shapes()[-1])
+    except BudgetError:
+        return False
+    return True
+
+
+def _served(cluster: Cluster, parts: Iterable[Part]) -> int:
+    """How many models have a chain of these."""
+    lengths: Mapping[str, int] = lengths_of(cluster)
+    mine = (part for part in parts if part.model in lengths)
+    return sum(bool(chain) for chain in connected(mine, lengths).values())
