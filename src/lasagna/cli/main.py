@@ -71,6 +71,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "plan": Command(
         "lasagna.cli.plan:plan", "Plan which slices of models live on which servers of a cluster."
     ),
+    "simulate": Command(
+        "lasagna.cli.simulate:simulate", "Simulate a cluster under load, policy by policy."
+    ),
     "trace": Command("lasagna.cli.trace:trace", "Show what ran when inside an enclave."),
     "insecure-broker": Command(
         "lasagna.cli.broker:insecure_broker",

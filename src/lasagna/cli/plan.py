@@ -126,12 +126,12 @@ def _placement(cluster: Cluster, objective: Objective, time_limit_s: float) -> P
     from lasagna.policy.placement import PlanOptions, plan_cluster  # with a solver of some size
 
     options = PlanOptions(objective=objective, time_limit_s=time_limit_s)
-    with _silent_library():
+    with silent_library():
         return plan_cluster(cluster, options, clock=time.monotonic)
 
 
 @contextmanager
-def _silent_library() -> Iterator[None]:
+def silent_library() -> Iterator[None]:
     """HiGHS writes a banner to standard output, which no option prevents and no JSON survives."""
     sys.stdout.flush()
     kept = os.dup(1)

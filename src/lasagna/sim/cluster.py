@@ -279,7 +279,7 @@ class VirtualCluster:
                 ended,
                 calibration=options.calibrations.get(server.name),
                 noise=factors,
-                paging=options.paging,
+                paging=options.paging.get(server.name),
                 heard=None if self._heard is None else heard,
                 opened=opened,
             )

@@ -24,7 +24,7 @@ class Options:
         detect_s: from a server's loss until balancers are told.
         calibrations: of servers, by name; the others take what the profiles say.
         noise: standard deviation of the logarithm of computing times' factors; 0 for none.
-        paging: of all servers, where no budget is kept.
+        paging: of servers, by name, where no budget is kept.
     """
 
     rule: str = "earliest"
@@ -35,7 +35,7 @@ class Options:
     detect_s: float = 1.0
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     noise: float = 0.0
-    paging: Paging | None = None
+    paging: Mapping[str, Paging] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

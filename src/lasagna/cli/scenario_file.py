@@ -1,0 +1,180 @@
+"""The file that describes a simulation, in TOML. docs/reference/scenario-file.md has each key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from lasagna.cli.cluster_file import read_cluster
+from lasagna.cli.costs_file import read_costs
+from lasagna.cli.decoding import converted, nearest, read_limited
+from lasagna.errors import UsageError
+from lasagna.policy.cluster import Cluster
+from lasagna.policy.costs import Forms
+from lasagna.policy.placement import PlanOptions
+from lasagna.sim.arrivals import Arrival, diurnal, gamma, mmpp, poisson, recorded, requests
+from lasagna.sim.options import EnclaveDies, ServerDies, ServerSlows, Trouble
+from lasagna.sim.policies import CLUSTER_POLICIES, ClusterPolicy, cluster_policy
+from lasagna.units import MIB
+
+_Positive = Annotated[float, Meta(gt=0, le=1e9)]
+_NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
+_MAX_BYTES: Final = MIB
+
+
+class _Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: Literal["poisson", "gamma", "mmpp", "diurnal", "recorded"] = "poisson"
+    cv: _Positive = 2.0
+    busy: Annotated[float, Meta(ge=1, le=1000)] = 3.0
+    busy_s: _Positive = 5.0
+    calm_s: _Positive = 20.0
+    swing: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    period_s: _Positive = 60.0
+    file: str = ""
+
+
+class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: Literal["server-dies", "enclave-dies", "server-slows"]
+    server: str
+    at_s: _NotNegative
+    back_after_s: _Positive | None = None
+    restart_s: _Positive = 3.0
+    factor: _Positive = 2.0
+
+
+class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    objective: Literal["throughput", "latency"] = "throughput"
+    time_limit_s: _NotNegative = 5.0
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    cluster: str
+    models: Annotated[tuple[str, ...], Meta(min_length=1)]
+    seconds: Annotated[float, Meta(gt=0, le=1e6)] = 60.0
+    warm_up_s: _NotNegative = 10.0
+    seed: Annotated[int, Meta(ge=0, le=2**32)] = 1
+    load: Annotated[float, Meta(gt=0, le=100)] = 0.7
+    requests_per_s: _Positive | None = None
+    policies: Annotated[tuple[str, ...], Meta(min_length=1)] = ("lasagna", "whole-model")
+    balancers: Annotated[int, Meta(ge=1, le=1000)] = 1
+    report_ms: _Positive = 100.0
+    detect_ms: _NotNegative = 1000.0
+    noise: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    admission: bool = False
+    arrivals: _Arrivals = _Arrivals()
+    trouble: tuple[_Trouble, ...] = ()
+    plan: _Plan = _Plan()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What a file asks to be simulated.
+
+    Attributes:
+        path: of the file.
+        cluster: with the models' costs.
+        policies: to be compared, each with the same requests.
+        plan: options of the planner.
+        troubles: that come over servers.
+        settings: the other keys of the file.
+    """
+
+    path: Path
+    cluster: Cluster
+    policies: tuple[ClusterPolicy, ...]
+    plan: PlanOptions
+    troubles: tuple[Trouble, ...]
+    settings: _File
+
+    def arrivals(self, throughput: float) -> Iterator[Arrival]:
+        """Requests, the same ones at each call.
+
+        Args:
+            throughput: requests a second that ``load`` is a share of.
+        """
+        settings, cluster = self.settings, self.cluster
+        rate = settings.requests_per_s or settings.load * throughput
+        if settings.arrivals.kind == "recorded":
+            return recorded(self.path.parent / settings.arrivals.file)
+        times = _times(settings.arrivals, rate, np.random.default_rng((settings.seed, 1)))
+        return requests(
+            np.random.default_rng((settings.seed, 2)),
+            times,
+            {name: cluster.demand[name] for name in cluster.wanted},
+            until_s=settings.seconds,
+            limits_s=dict(cluster.limits_s),
+        )
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Read a scenario, with the cluster and the costs that it names; they lie relative to it.
+
+    Raises:
+        UsageError: a file can't be read, or says what makes no sense; names the key.
+    """
+    content = read_limited(path, "a scenario", _MAX_BYTES)
+    try:
+        tables: Mapping[str, Any] = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no TOML: {error}") from None
+    file = converted(tables, _File, str(path))
+    models: dict[str, Forms] = {}
+    for one in file.models:
+        name, forms = read_costs(path.parent / one)
+        if name in models:
+            raise UsageError(f"{path}, models: {name!r} is there twice")
+        models[name] = forms
+    cluster = read_cluster(path.parent / file.cluster).cluster(models)
+    for name in file.policies:
+        if name not in CLUSTER_POLICIES:
+            raise UsageError(f"{path}, policies: {name!r}; {nearest(name, CLUSTER_POLICIES)}")
+    if file.warm_up_s >= file.seconds:
+        raise UsageError(f"{path}: warm_up_s must be less than seconds, {file.seconds:g}")
+    if (file.arrivals.kind == "recorded") != bool(file.arrivals.file):
+        raise UsageError(f'{path}, [arrivals]: file goes with kind = "recorded", and the reverse')
+    return Scenario(
+        path,
+        cluster,
+        tuple(map(cluster_policy, file.policies)),
+        PlanOptions(file.plan.objective, file.plan.time_limit_s),
+        tuple(_trouble(one, cluster, path) for one in file.trouble),
+        file,
+    )
+
+
+def _times(arrivals: _Arrivals, rate: float, rng: np.random.Generator) -> Iterator[float]:
+    match arrivals.kind:
+        case "gamma":
+            return gamma(rng, rate, arrivals.cv)
+        case "mmpp":  # its mean rate is the one that is asked for
+            busy_s, calm_s = arrivals.busy_s, arrivals.calm_s
+            calm = rate * (busy_s + calm_s) / (arrivals.busy * busy_s + calm_s)
+            return mmpp(rng, (calm, arrivals.busy * calm), (calm_s, busy_s))
+        case "diurnal":
+            return diurnal(rng, rate, arrivals.swing, arrivals.period_s)
+        case _:
+            return poisson(rng, rate)
+
+
+def _trouble(one: _Trouble, cluster: Cluster, path: Path) -> Trouble:
+    names = [server.name for server in cluster.servers]
+    if one.server not in names:
+        raise UsageError(
+            f"{path}, [[trouble]]: no server {one.server!r}; {nearest(one.server, names)}"
+        )
+    match one.kind:
+        case "server-dies":
+            if one.back_after_s is None:
+                return ServerDies(one.at_s, one.server)
+            return ServerDies(one.at_s, one.server, one.back_after_s)
+        case "enclave-dies":
+            return EnclaveDies(one.at_s, one.server, one.restart_s)
+        case "server-slows":
+            return ServerSlows(one.at_s, one.server, one.factor)

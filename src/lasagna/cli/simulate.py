@@ -1,0 +1,207 @@
+"""``lasagna simulate``: a cluster under load in virtual time, policy by policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from lasagna.cli.plan import silent_library
+from lasagna.cli.plan_drawing import plain
+from lasagna.cli.scenario_file import Scenario, read_scenario
+from lasagna.errors import LasagnaError, UsageError
+from lasagna.policy.placed import Placement
+from lasagna.sim.arrivals import Arrival
+from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.metrics import Outcome
+from lasagna.sim.options import Options
+from lasagna.sim.planner import Planner
+from lasagna.sim.policies import Prepared, prepared, roomy
+from lasagna.tee.epc_profiles import profile
+
+FORMAT: Final = 1
+PAGING: Final = profile("sgx1-128")
+"""Whose published costs a page that the kernel swaps is charged with."""
+
+
+def simulate(
+    path: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="What to simulate.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as JSON into a file.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw how long requests take.")
+    ] = None,
+    *,
+    json_: Annotated[bool, typer.Option("--json", help="Report as JSON.")] = False,
+) -> None:
+    """Simulate a cluster: the same requests for each policy, in virtual time.
+
+    Everything it prints is simulated, from the profiles of the models; nothing is served.
+    """
+    scenario = read_scenario(path)
+    console = Console(stderr=True)
+    quiet = json_ or not console.is_terminal
+    with Progress(console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("planning", total=None)
+        plan = _plan(scenario)
+        bar.remove_task(task)
+        outcomes = _outcomes(scenario, plan, bar)
+    report = msgspec.json.format(msgspec.json.encode(_report(scenario, plan, outcomes)))
+    if out:
+        _write(out, report + b"\n")
+    if png:
+        _draw(scenario, outcomes).savefig(png, dpi=120)
+    for file in filter(None, (out, png)):
+        typer.echo(f"wrote {file}", err=True)
+    if json_:
+        typer.echo(report.decode())
+    else:
+        _show(Console(), scenario, plan, outcomes)
+
+
+def _plan(scenario: Scenario) -> Placement:
+    from lasagna.policy.placement import plan_cluster  # with a solver of some size
+
+    with silent_library():
+        return plan_cluster(scenario.cluster, scenario.plan, clock=time.monotonic)
+
+
+def _outcomes(scenario: Scenario, plan: Placement, bar: Progress) -> dict[str, Outcome]:
+    costs = PAGING.costs()
+    page_s = (costs.load_ns + costs.evict_ns) / 1e9
+    settings = scenario.settings
+    options = Options(
+        balancers=settings.balancers,
+        settings=roomy(),
+        admission=settings.admission,
+        report_s=settings.report_ms / 1000,
+        detect_s=settings.detect_ms / 1000,
+        noise=settings.noise,
+    )
+    planner = Planner()
+    outcomes: dict[str, Outcome] = {}
+    for policy in scenario.policies:
+        with silent_library():
+            try:
+                ready = prepared(policy, scenario.cluster, plan, options, page_s)
+            except LasagnaError as error:
+                raise type(error)(f"{policy.name}: {error}") from None
+        task = bar.add_task(policy.name, total=settings.seconds)
+        outcomes[policy.name] = _run(scenario, plan, ready, planner, bar, task)
+    return outcomes
+
+
+def _run(
+    scenario: Scenario, plan: Placement, ready: Prepared, planner: Planner, bar: Progress, task: int
+) -> Outcome:
+    def load() -> Iterator[Arrival]:
+        shown_s = 0.0
+        for arrival in scenario.arrivals(plan.throughput):
+            if arrival.at_s - shown_s > scenario.settings.seconds / 200:
+                shown_s = arrival.at_s
+                bar.update(task, completed=shown_s)  # type: ignore[arg-type]
+            yield arrival
+
+    virtual = VirtualCluster(
+        ready.cluster, ready.placement, ready.options, seed=scenario.settings.seed, planner=planner
+    )
+    # Who can't keep up is not waited for: ten times as long says enough.
+    return virtual.run(load(), scenario.troubles, until_s=10 * scenario.settings.seconds)
+
+
+def _report(
+    scenario: Scenario, plan: Placement, outcomes: Mapping[str, Outcome]
+) -> Mapping[str, object]:
+    since_s = scenario.settings.warm_up_s
+    return {
+        "format": FORMAT,
+        "simulated": True,
+        "scenario": msgspec.to_builtins(scenario.settings),
+        "planned_requests_per_s": plan.throughput,
+        "policies": {
+            name: {
+                "all": _finite(asdict(outcome.requests.figures(since_s=since_s))),
+                "models": {
+                    model: _finite(asdict(figures))
+                    for model, figures in outcome.figures(since_s=since_s).items()
+                },
+                "servers": {server: asdict(f) for server, f in outcome.servers.items()},
+            }
+            for name, outcome in outcomes.items()
+        },
+    }
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"can't write {path}: {error.strerror}") from None
+
+
+def _show(
+    console: Console, scenario: Scenario, plan: Placement, outcomes: Mapping[str, Outcome]
+) -> None:
+    settings = scenario.settings
+    rate = settings.requests_per_s or settings.load * plan.throughput
+    at = "" if settings.arrivals.kind == "recorded" else f" at {rate:.3g}/s"
+    head = f"Simulated: {settings.seconds:g} s of {settings.arrivals.kind} arrivals{at}"
+    console.print(Text(f"{head}; the plan is for {plan.throughput:.3g}/s", style="bold"))
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("policy", "answers/s", "in time", "refused", "mean", "p50", "p99", "busiest"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, outcome in outcomes.items():
+        figures = outcome.requests.figures(since_s=settings.warm_up_s)
+        busiest = max(outcome.servers, key=lambda one: outcome.servers[one].utilisation)
+        share = outcome.servers[busiest].utilisation
+        table.add_row(
+            name,
+            f"{figures.throughput:.3g}",
+            f"{100 * figures.goodput / max(figures.throughput, 1e-12):.0f} %",
+            f"{figures.refused:,}",
+            _seconds(figures.mean_s),
+            _seconds(figures.p50_s),
+            _seconds(figures.p99_s),
+            f"{plain(busiest)} {100 * share:.0f} %",
+        )
+    console.print(table)
+
+
+def _seconds(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _draw(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Figure:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, outcome in outcomes.items():
+        latencies = sorted(outcome.requests.latencies_s(since_s=scenario.settings.warm_up_s))
+        if latencies:
+            shares = [(n + 1) / len(latencies) for n in range(len(latencies))]
+            axes.plot(latencies, shares, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds from request to answer, simulated")
+    axes.set_ylabel("share of answered requests")
+    axes.set_ylim(0, 1)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    axes.set_title(plain(f"{scenario.path.stem}: the same requests for each policy"))
+    return figure

@@ -1,0 +1,144 @@
+"""Promise: `lasagna simulate` runs scenario files, says that it simulates, and names mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from lasagna.cli import main
+from lasagna.cli.costs_file import read_costs
+from lasagna.cli.scenario_file import read_scenario
+from lasagna.errors import UsageError
+from lasagna.sim.policies import CLUSTER_POLICIES, one_piece
+
+EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
+SCENARIOS: Final = sorted((EXAMPLES / "scenarios").glob("*.toml"))
+CLUSTER: Final = """
+[[server]]
+name = "s-{}"
+count = 2
+epc = "sgx1-128"
+threads = 2
+[demand]
+inception_v2 = 10
+[limits_ms]
+inception_v2 = 500
+"""
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main.app, ["simulate", *arguments])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a small cluster, and the costs of one model that fits its servers."""
+    (tmp_path / "cluster.toml").write_text(CLUSTER)
+    (tmp_path / "costs.json").write_bytes((EXAMPLES / "costs/inception_v2.json").read_bytes())
+    return tmp_path
+
+
+def scenario(folder: Path, *lines: str) -> str:
+    path = folder / "scenario.toml"
+    head = ['cluster = "cluster.toml"', 'models = ["costs.json"]', "seconds = 4", "warm_up_s = 1"]
+    path.write_text("\n".join([*head, *lines, "[plan]", "time_limit_s = 0.5"]))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
+def test_the_examples_run_and_no_request_is_lost(path: Path) -> None:
+    """Every policy of every example: each request has ended in one way."""
+    result = run(str(path), "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["simulated"] is True
+    for name, policy in report["policies"].items():
+        one = policy["all"]
+        ends = [one[end] for end in ("answered", "refused", "given_up", "unfinished")]
+        assert sum(ends) == one["count"] > 100, name
+        assert one["answered"] > 0, name
+
+
+def test_every_policy_gets_the_same_requests(folder: Path) -> None:
+    """The same scenario gives the same figures, whatever else was simulated beside it."""
+    rate = "requests_per_s = 50"  # a share of the plan's would depend on the search's luck
+    both = run(scenario(folder, rate, 'policies = ["lasagna", "vanilla"]'), "--json")
+    assert both.exit_code == 0, both.output
+    alone = run(scenario(folder, rate, 'policies = ["vanilla"]'), "--json")
+    found, again = json.loads(both.stdout)["policies"], json.loads(alone.stdout)["policies"]
+    assert found["vanilla"] == again["vanilla"]
+    assert found["lasagna"]["all"]["count"] == found["vanilla"]["all"]["count"]
+
+
+def test_the_table_and_the_files(folder: Path) -> None:
+    """A person sees what was simulated; the report and the picture are written."""
+    out, png = folder / "report.json", folder / "latency.png"
+    result = run(scenario(folder, 'policies = ["on-demand"]'), "--out", str(out), "--png", str(png))
+    assert result.exit_code == 0, result.output
+    assert "Simulated: 4 s of poisson arrivals" in result.stdout
+    assert "on-demand" in result.stdout
+    assert json.loads(out.read_text())["policies"]["on-demand"]["all"]["answered"] > 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["poisson", "gamma", "mmpp", "diurnal"])
+def test_arrivals_have_the_load_that_is_asked_for(folder: Path, kind: str) -> None:
+    """The mean rate is a share of the plan's throughput, whatever the arrivals look like."""
+    path = scenario(folder, "seed = 3", "load = 0.5", f'arrivals = {{ kind = "{kind}" }}')
+    text = Path(path).read_text().replace("seconds = 4", "seconds = 4000")
+    Path(path).write_text(text)
+    times = np.array([arrival.at_s for arrival in read_scenario(Path(path)).arrivals(40.0)])
+    assert len(times) / 4000 == pytest.approx(20.0, rel=0.06)
+    assert (np.diff(times) >= 0).all()
+
+
+def test_recorded_arrivals_are_taken_as_they_are(folder: Path) -> None:
+    """Lines of JSON, relative to the scenario."""
+    (folder / "load.jsonl").write_text('{"at_s": 0.5, "model": "inception_v2"}\n')
+    path = scenario(folder, 'arrivals = { kind = "recorded", file = "load.jsonl" }')
+    (arrival,) = read_scenario(Path(path)).arrivals(1.0)
+    assert (arrival.at_s, arrival.model) == (0.5, "inception_v2")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('policies = ["lasagne"]', "did you mean 'lasagna'"),
+        ("second = 3", "did you mean 'seconds'"),
+        ("load = -1", "load"),
+        ('arrivals = { kind = "steady" }', "arrivals.kind"),
+        ('arrivals = { kind = "recorded" }', "file goes with kind"),
+        ('arrivals = { file = "x" }', "file goes with kind"),
+        ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
+        ("load = ", "is no TOML"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, line: str, words: str) -> None:
+    """The file, the key, and what would be right."""
+    with pytest.raises(UsageError, match=r"scenario\.toml.*") as caught:
+        read_scenario(Path(scenario(folder, line)))
+    assert words in str(caught.value)
+
+
+def test_a_warm_up_that_leaves_nothing_is_refused(folder: Path) -> None:
+    """Figures of no requests would mean nothing."""
+    path = Path(scenario(folder))
+    path.write_text(path.read_text().replace("warm_up_s = 1", "warm_up_s = 4"))
+    with pytest.raises(UsageError, match="warm_up_s must be less than seconds"):
+        read_scenario(path)
+
+
+def test_vanilla_runs_a_model_in_one_piece() -> None:
+    """As ONNX Runtime alone does: one slice with all weights, and no call between slices."""
+    _, forms = read_costs(EXAMPLES / "costs/resnet50.json")
+    (whole,) = one_piece(forms)
+    assert len(whole.slices) == 1
+    assert whole.weight_bytes == pytest.approx(forms[0].weight_bytes, rel=0.01)
+    assert whole.form == forms[0].form
+    assert {"lasagna", "vanilla", "on-demand", "whole-model"} <= CLUSTER_POLICIES.keys()
