@@ -72,7 +72,8 @@ COMMANDS: Final[dict[str, Command]] = {
         "lasagna.cli.plan:plan", "Plan which slices of models live on which servers of a cluster."
     ),
     "simulate": Command(
-        "lasagna.cli.simulate:simulate", "Simulate a cluster under load, policy by policy."
+        "lasagna.cli.simulate:simulate",
+        "Simulate a cluster: the same requests for each policy, in virtual time.",
     ),
     "trace": Command("lasagna.cli.trace:trace", "Show what ran when inside an enclave."),
     "insecure-broker": Command(
