@@ -78,7 +78,7 @@ def plan(
     written = []
     report = msgspec.json.format(msgspec.json.encode(report_of(cluster, placement, lanes)))
     if out:
-        _write(out, report)
+        write_file(out, report)
         written.append(out)
     if png:
         plan_png(cluster, placement, lanes, png)
@@ -197,7 +197,12 @@ def _part_report(lane: Lane, part: Part, costs: PartCosts) -> Mapping[str, objec
     }
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a report, with a line's end.
+
+    Raises:
+        UsageError: it can't be written.
+    """
     try:
         path.write_bytes(content + b"\n")
     except OSError as error:

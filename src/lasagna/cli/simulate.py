@@ -13,14 +13,14 @@ import msgspec
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.cli.plan import silent_library
+from lasagna.cli.plan import silent_library, write_file
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
-from lasagna.errors import LasagnaError, UsageError
+from lasagna.errors import LasagnaError
 from lasagna.policy.placed import Placement
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.cluster import VirtualCluster
@@ -60,7 +60,7 @@ def simulate(
         outcomes = _outcomes(scenario, plan, bar)
     report = msgspec.json.format(msgspec.json.encode(_report(scenario, plan, outcomes)))
     if out:
-        _write(out, report + b"\n")
+        write_file(out, report)
     if png:
         _draw(scenario, outcomes).savefig(png, dpi=120)
     for file in filter(None, (out, png)):
@@ -104,14 +104,19 @@ def _outcomes(scenario: Scenario, plan: Placement, bar: Progress) -> dict[str, O
 
 
 def _run(
-    scenario: Scenario, plan: Placement, ready: Prepared, planner: Planner, bar: Progress, task: int
+    scenario: Scenario,
+    plan: Placement,
+    ready: Prepared,
+    planner: Planner,
+    bar: Progress,
+    task: TaskID,
 ) -> Outcome:
     def load() -> Iterator[Arrival]:
         shown_s = 0.0
         for arrival in scenario.arrivals(plan.throughput):
             if arrival.at_s - shown_s > scenario.settings.seconds / 200:
                 shown_s = arrival.at_s
-                bar.update(task, completed=shown_s)  # type: ignore[arg-type]
+                bar.update(task, completed=shown_s)
             yield arrival
 
     virtual = VirtualCluster(
@@ -146,13 +151,6 @@ def _report(
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UsageError(f"can't write {path}: {error.strerror}") from None
 
 
 def _show(

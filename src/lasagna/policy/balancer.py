@@ -9,7 +9,7 @@ in which a part takes
 The wait is what the balancer believes of the server: a leaky bucket that its own requests fill, by
 the work that each means when batches are full, that drains by a second each second, and that every
 report of the server sets right. So the belief is wrong by what others have sent to that server
-since it was measured, which ``Beliefs.age_s`` bounds: no more than arrives in the reporting period
+since it was measured, which ``Belief.age_s`` bounds: no more than arrives in the reporting period
 and the delay of a report, and no more than that much time can drain.
 
 A server's time is not all that is scarce: the cheapest route of one model may take the only server

@@ -34,9 +34,7 @@ from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_c
 NEAR: Final = 24
 """Columns of each kind of server that the integer programs choose from, beside the needed ones."""
 SMALL: Final = 1200
-"""Columns of all servers together up to which all of them are considered."""
-WHOLE: Final = 300
-"""Columns of all servers together that are chosen at once, without a search around them."""
+"""Columns of all servers together up to which all are considered, and chosen among at once."""
 TOGETHER: Final = 400
 """Columns of all servers that are chosen anew together, beyond two servers."""
 LARGE: Final = 6
@@ -321,7 +319,7 @@ class _Search:
         """The choice after a search around it."""
         cluster = self.cluster
         flows = chosen(cluster, choice, objective)
-        if sum(map(len, free.values())) <= max(WHOLE, SMALL):
+        if sum(map(len, free.values())) <= SMALL:
             left_s = max(0.1, until_s - self.clock())
             better, reached = place(
                 *(cluster, choice, free, objective),

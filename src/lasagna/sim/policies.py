@@ -1,4 +1,7 @@
-"""Policies for a whole cluster, by name: a placement, a rule for routes, and what servers do."""
+"""Policies for a whole cluster, by name: a placement, a rule for routes, and what servers do.
+
+docs/reference/scenario-file.md says what each of them is.
+"""
 
 from __future__ import annotations
 
@@ -28,41 +31,31 @@ class ClusterPolicy:
 
     Attributes:
         name: that people choose it by.
-        about: what it does, in a line.
         placed: ``plan``, by the planner; ``whole``, whole models on every server.
         rule: by which routes are chosen.
         local: what each server does.
     """
 
     name: str
-    about: str
     placed: Literal["plan", "whole"] = "plan"
     rule: str = "earliest"
     local: Policy = LASAGNA
 
 
 def _rules() -> dict[str, ClusterPolicy]:
-    return {
-        rule: ClusterPolicy(rule, f"planned slices, routes by {rule}", rule=rule)
-        for rule in RULES
-        if rule != "earliest"
-    }
+    return {rule: ClusterPolicy(rule, rule=rule) for rule in RULES if rule != "earliest"}
 
 
 CLUSTER_POLICIES: Final[Mapping[str, ClusterPolicy]] = {
-    "lasagna": ClusterPolicy("lasagna", "planned slices, the route that answers first"),
-    "whole-model": ClusterPolicy(
-        "whole-model", "whole models on every server, each with the local scheduler", "whole"
-    ),
+    "lasagna": ClusterPolicy("lasagna"),
+    "whole-model": ClusterPolicy("whole-model", "whole"),
     "on-demand": ClusterPolicy(
         "on-demand",
-        "whole models, each request alone, weights decrypted ahead of use",
         "whole",
         local=policy_named("on-demand"),
     ),
     "vanilla": ClusterPolicy(
         "vanilla",
-        "whole models in turn, first come first served, memory paged by the kernel",
         "whole",
         "round-robin",
         policy_named("vanilla"),
