@@ -7,6 +7,7 @@ from typing import Any, cast
 from lasagna.enclave import messages as m
 from lasagna.enclave.arrangement import Arrangement, Sessions, arrange
 from lasagna.enclave.model import LoadedModel
+from lasagna.enclave.pool import Area
 from lasagna.enclave.sessions import native_block
 from lasagna.enclave.spans import Recorder
 from lasagna.package.forms import Form, choose_variant
@@ -58,5 +59,12 @@ def planned(
 
 def placed(loaded: LoadedModel, command: m.Arrange, budget: int) -> Arrangement:
     """What the enclave makes of it."""
-    models = {loaded.digest: loaded}
-    return arrange(command, models, Sessions(), Recorder(), budget=budget, threads=command.lanes)
+    return arrange(
+        command,
+        {loaded.digest: loaded},
+        Sessions(),
+        Recorder(),
+        area=Area(budget),
+        budget=budget,
+        threads=command.lanes,
+    )

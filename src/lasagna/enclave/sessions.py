@@ -121,7 +121,7 @@ def open_slice_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     else:
         options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
+        options.inter_op_num_threads = 1
     options.log_severity_level = 4
     if not own_arena:
         options.enable_mem_pattern = False  # its blocks are larger than what a run needs at once

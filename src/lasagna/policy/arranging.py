@@ -85,6 +85,7 @@ class Arranger:
         self._planning = False
         self._planned_for: Mapping[str, float] = {}
         self._looked_s = 0.0
+        self._postponed = False  # another division was worth it, but too soon after the last
         self._arranged_s = -REARRANGE_S
         self._demand: dict[str, float] = {}
         self._noted_s = 0.0
@@ -151,8 +152,10 @@ class Arranger:
             self._wanted = event.best
             return
         demand = self._planned_for
-        due = event.at_s - self._arranged_s >= REARRANGE_S
-        if due and mean_s(event.best, demand) < (1 - REARRANGE_GAIN) * mean_s(kept, demand):
+        worth_it = mean_s(event.best, demand) < (1 - REARRANGE_GAIN) * mean_s(kept, demand)
+        due = self._due(event.at_s)
+        self._postponed = worth_it and not due
+        if worth_it and due:
             self._wanted = event.best
             self._moves.clear()
         elif not self._moving and mean_s(kept, demand) < (1 - MOVE_GAIN) * mean_s(present, demand):
@@ -219,6 +222,9 @@ class Arranger:
             self.shapes = tuple(shape for shape in self.shapes if _has_shape(plan, shape))
             assert self.shapes
 
+    def _due(self, now_s: float) -> bool:
+        return now_s - self._arranged_s >= REARRANGE_S
+
     def _become(self, by: str) -> None:
         following = _NEXT.get((self._enclave, by))
         assert following is not None, f"{by} while the enclave is {self._enclave.name}"
@@ -240,6 +246,8 @@ class Arranger:
         if not self.open or now_s - self._looked_s < LOOK_S or len(models) < 2:
             return False
         self._looked_s = now_s
+        if self._postponed and self._due(now_s):
+            return True
         now, then = shares(models, self._demand), self._planned_for
         return _distance(now, then) > SHIFT
 

@@ -25,10 +25,10 @@ from lasagna.policy.stages import (
     Stage,
     alone_s,
     copy_s,
-    stages_within,
     visit_s,
     waiting_rows,
 )
+from lasagna.policy.staging import Staging
 from lasagna.units import whole_pages
 
 SHARES: Final = (0.0, 0.5, 1.0)
@@ -112,15 +112,19 @@ def columns_of(cluster: Cluster, cuts: Mapping[str, Sequence[int]]) -> list[Colu
         cuts: of each model, where parts may begin and end, without its ends.
     """
     found: list[Column] = []
-    known: dict[tuple[str, Machine, float, int], tuple[Stage, ...]] = {}
+    known: dict[tuple[str, Machine, float], Staging] = {}
     for number, server in enumerate(kinds_of(cluster.servers)):
         room = room_on(server)
         for model in cluster.wanted:
             costs = at_speed(sliced(cluster.models[model]), server.speed)
             ends = (0, *cuts[model], len(costs.slices))
             made: dict[tuple[int, int], list[Column]] = {}
+            key = (model, shape_of(server), server.speed)
+            staging = known.get(key)
+            if staging is None:
+                staging = known[key] = Staging(costs, shape_of(server), MAX_ROWS)
             for share in RUNNING:
-                stages = _stages(known, model, costs, server, int(room * share))
+                stages = staging.within(int(room * share))
                 sums = _Sums(costs, stages, shape_of(server))
                 for a, first in enumerate(ends[:-1]):
                     for last in ends[a + 1 :]:
@@ -149,20 +153,6 @@ def cuts_of(costs: ModelCosts, most: int = CUTS) -> tuple[int, ...]:
         if known is None or costs.cut_bytes[cut] < costs.cut_bytes[known]:
             best[where] = cut
     return tuple(sorted(best.values()))
-
-
-def _stages(
-    known: dict[tuple[str, Machine, float, int], tuple[Stage, ...]],
-    model: str,
-    costs: ModelCosts,
-    server: Server,
-    each: int,
-) -> tuple[Stage, ...]:
-    machine = shape_of(server)
-    key = (model, machine, server.speed, each)
-    if key not in known:
-        known[key] = stages_within(costs, machine, each, MAX_ROWS)
-    return known[key]
 
 
 def _unbeaten(columns: Iterable[Column]) -> list[Column]:

@@ -14,10 +14,10 @@ even hold copies of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 from lasagna.errors import BudgetError
 from lasagna.policy.costs import SLICED, Forms, ModelCosts
@@ -26,11 +26,10 @@ from lasagna.policy.plan import MemoryPlan, Style, mean_s, shares
 from lasagna.policy.stages import (
     Machine,
     Stage,
-    one_stage,
     request_s,
-    stages_within,
     waiting_rows,
 )
+from lasagna.policy.staging import Staging
 from lasagna.units import format_bytes, whole_pages
 
 RING_SLOTS: Final = 3
@@ -44,6 +43,10 @@ SHARED_ARENA_MARGIN: Final = 1.5
 GRID: Final = 1.5
 """Step between the amounts of memory for a running batch that are tried."""
 GRID_FROM: Final = 32 * 1024
+PRICED_ROWS: Final = (4, 16, 64)
+"""What memory at a cut is worth: as much as a pin that so many rows share each visit of."""
+Stages: TypeAlias = Mapping[str, tuple[Stage, ...]]
+"""Of each model, in order."""
 
 
 @dataclass(slots=True)
@@ -53,7 +56,8 @@ class _Search:
     machine: Machine
     weights: Mapping[str, float]
     style: Style
-    _stages: dict[tuple[int, int], tuple[Stage, ...]] = field(default_factory=dict)
+    _stagings: dict[int, Staging] = field(default_factory=dict)
+    _stages: dict[tuple[int, int, float | None], tuple[Stage, ...]] = field(default_factory=dict)
 
     def best(self, models: Mapping[str, ModelCosts]) -> MemoryPlan | None:
         """The best division with each model in this form."""
@@ -62,30 +66,55 @@ class _Search:
         most = max(1, self.machine.budget // self.machine.lanes)
         each = 0  # batches of one row, then more
         while each < most * GRID:
-            for staged in (True, False) if self.style.staged else (False,):
-                for apart in (True, False) if self.machine.spare_cores else (False,):
-                    plan = self._divide(models, int(each), staged=staged, apart=apart)
-                    if plan is not None:
-                        break
-                else:
+            for stages in self._ways(models, int(each)):
+                if self._least_s(models, stages) >= best_s:
                     continue
-                seconds = self.seconds(plan)
-                if seconds < best_s - 1e-12:
-                    best, best_s = plan, seconds
-                break  # without stages only where what waits between them takes too much
+                for apart in (True, False) if self.machine.spare_cores else (False,):
+                    plan = self._divide(models, stages, apart=apart)
+                    if plan is not None:
+                        seconds = self.seconds(plan)
+                        if seconds < best_s - 1e-12:
+                            best, best_s = plan, seconds
+                        break
             each = max(GRID_FROM, int(each * GRID))
         return best
+
+    def _least_s(self, models: Mapping[str, ModelCosts], stages: Stages) -> float:
+        """Of a mean request, if all weights were there."""
+        return sum(
+            self.weights[name]
+            * request_s(costs, stages[name], frozenset(range(len(costs.slices))), self.machine)
+            for name, costs in models.items()
+        )
+
+    def _ways(self, models: Mapping[str, ModelCosts], each: int) -> Iterator[Stages]:
+        """Divisions into stages for running batches of so many bytes, each once."""
+        seen = []
+        total = sum(self.weights[name] for name in models)
+        rate = self.machine.load_rate
+        for rows in (0, *PRICED_ROWS) if self.style.staged else ():
+            made = {}
+            for name, costs in models.items():
+                price = total / self.weights[name] / (rate * rows) if rows else None
+                made[name] = self._staged(costs, each, price)
+            if made not in seen:
+                seen.append(made)
+                yield made
+        yield {name: self._staging(costs).one(each) for name, costs in models.items()}
 
     def seconds(self, plan: MemoryPlan) -> float:
         """Of a mean request."""
         return sum(self.weights[name] * seconds for name, seconds in plan.request_s.items())
 
+    def rows_alone(self, models: Mapping[str, ModelCosts]) -> Stages:
+        """One stage each, of batches of one row: what takes the least memory."""
+        return {name: (Stage(0, len(costs.slices), 1),) for name, costs in models.items()}
+
     def _divide(
-        self, models: Mapping[str, ModelCosts], each: int, *, staged: bool, apart: bool
+        self, models: Mapping[str, ModelCosts], stages: Stages, *, apart: bool
     ) -> MemoryPlan | None:
-        """The plan with so many bytes for each running batch, if the rest fits beside it."""
+        """The plan with these stages, if the rest fits beside them."""
         machine = self.machine
-        stages = {name: self._staged(costs, each, staged=staged) for name, costs in models.items()}
         every = [(models[name], one) for name in models for one in stages[name]]
         activations = max(c.activations_at(s.first, s.last, s.rows) for c, s in every)
         workspace = max(c.workspace_at(s.first, s.last, s.rows) for c, s in every) * machine.lanes
@@ -116,14 +145,17 @@ class _Search:
         room = machine.budget - plan.total_bytes
         return self._with_weights(plan, room) if room >= 0 else None
 
-    def _staged(self, costs: ModelCosts, each: int, *, staged: bool) -> tuple[Stage, ...]:
-        if not staged:
-            return one_stage(costs, each, self.style.max_rows)
-        key = (id(costs), each)
+    def _staging(self, costs: ModelCosts) -> Staging:
+        found = self._stagings.get(id(costs))
+        if found is None:
+            found = self._stagings[id(costs)] = Staging(costs, self.machine, self.style.max_rows)
+        return found
+
+    def _staged(self, costs: ModelCosts, each: int, price: float | None) -> tuple[Stage, ...]:
+        key = (id(costs), each, price)
         found = self._stages.get(key)
         if found is None:
-            found = stages_within(costs, self.machine, each, self.style.max_rows)
-            self._stages[key] = found
+            found = self._stages[key] = self._staging(costs).within(each, price)
         return found
 
     def _with_weights(self, plan: MemoryPlan, room: int) -> MemoryPlan | None:
@@ -282,7 +314,7 @@ def require_fits(models: Mapping[str, Forms], machine: Machine, style: Style | N
     """
     chosen = {name: forms[0] for name, forms in models.items()}
     search = _Search(machine, dict.fromkeys(models, 1.0), style or Style())
-    if search._divide(chosen, 0, staged=False, apart=False) is None:
+    if search._divide(chosen, search.rows_alone(chosen), apart=False) is None:
         raise BudgetError(_shortage(search, chosen))
 
 
@@ -329,7 +361,7 @@ def _shortage(search: _Search, models: Mapping[str, ModelCosts]) -> str:
     machine = search.machine
     roomy = replace(machine, budget=1 << 60)
     streamed = _Search(roomy, search.weights, replace(search.style, pin=False))
-    plan = streamed._divide(models, 0, staged=False, apart=False)
+    plan = streamed._divide(models, streamed.rows_alone(models), apart=False)
     assert plan is not None
     need = whole_pages(plan.total_bytes - plan.ring_bytes + plan.slot_bytes)
     every = [(name, n) for name, costs in models.items() for n in range(len(costs.slices))]

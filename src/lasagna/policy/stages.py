@@ -1,11 +1,10 @@
-"""Dividing a model into stages: runs of slices with one largest batch each."""
+"""Stages, runs of slices with one largest batch each: what one takes of a machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Final
 
 from lasagna.policy.costs import ModelCosts
@@ -88,70 +87,6 @@ class Stage:
     first: int
     last: int
     rows: int
-
-
-def stages_within(
-    costs: ModelCosts, machine: Machine, each: int, max_rows: int
-) -> tuple[Stage, ...]:
-    """Divide a model into stages of the least time a row, when all weights are streamed.
-
-    A dynamic program over the cuts: a stage costs its visit divided by the rows that all of its
-    slices can take within ``each`` bytes.
-    """
-    count = len(costs.slices)
-    limits = [_rows_within(costs, n, each, max_rows) for n in range(count)]
-    compute = {rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in ROWS}
-    load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
-    every, none = range(count), frozenset[int]()
-    exposed = {
-        rows: _sums(exposed_s(costs, n, n + 1, rows, none, machine) for n in every) for rows in ROWS
-    }
-    best = [0.0] + [float("inf")] * count
-    chosen = [(0, 1)] * (count + 1)
-    for last in range(1, count + 1):
-        limit = limits[last - 1]
-        for first in range(last - 1, -1, -1):
-            limit = min(limit, limits[first])
-            rows = limit
-            if first:
-                before, size = limits[first - 1], machine.lanes * each
-                rows = _rows_gathered(costs, first, before, limit, size, machine.lanes)
-            if not rows:
-                continue
-            compute_s = machine.batch_s(
-                compute[rows][last] - compute[rows][first], compute[1][last] - compute[1][first]
-            )
-            compute_s += copy_s(costs, first, rows) + SLICE_S * (last - first)
-            bare_s = exposed[rows][last] - exposed[rows][first]
-            visit = visit_s(compute_s, load[last] - load[first], bare_s, machine)
-            total = best[first] + visit / rows
-            if total < best[last] - 1e-12:
-                best[last], chosen[last] = total, (first, rows)
-    stages: list[Stage] = []
-    last = count
-    while last:
-        first, rows = chosen[last]
-        stages.append(Stage(first, last, rows))
-        last = first
-    return tuple(reversed(stages))
-
-
-def one_stage(costs: ModelCosts, each: int, max_rows: int) -> tuple[Stage, ...]:
-    """The whole model as one stage."""
-    count = len(costs.slices)
-    return (Stage(0, count, min(_rows_within(costs, n, each, max_rows) for n in range(count))),)
-
-
-def _rows_gathered(
-    costs: ModelCosts, cut: int, before: int, limit: int, size: int, lanes: int
-) -> int:
-    """The largest batch up to a limit whose rows may wait at a cut in so many bytes; 0 if none."""
-    fitting = [
-        rows
-        for rows in ROWS
-        if rows <= limit and costs.cut_bytes[cut] * lanes * (2 * rows + before) <= size
-    ]
-    return max(fitting, default=0)
 
 
 def copy_s(costs: ModelCosts, cut: int, rows: int) -> float:
@@ -259,17 +194,3 @@ def waiting_rows(before: Stage, after: Stage, lanes: int) -> int:
     arrives.
     """
     return lanes * (2 * after.rows + before.rows) - 1
-
-
-def _rows_within(costs: ModelCosts, number: int, size: int, max_rows: int) -> int:
-    fitting = [
-        rows
-        for rows in ROWS
-        if rows <= min(costs.max_rows, max_rows)
-        and costs.bytes_at(number, number + 1, rows) <= size
-    ]
-    return max(fitting, default=1)
-
-
-def _sums(values: Iterable[float]) -> list[float]:
-    return list(accumulate(values, initial=0.0))

@@ -1,0 +1,113 @@
+"""Dividing a model into stages, so that a row takes the least time within so much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import accumulate
+
+from lasagna.policy.costs import ModelCosts
+from lasagna.policy.stages import ROWS, SLICE_S, Machine, Stage, copy_s, exposed_s, visit_s
+
+
+class Staging:
+    """One model on one machine: what does not depend on the memory is worked out once."""
+
+    def __init__(self, costs: ModelCosts, machine: Machine, max_rows: int) -> None:
+        """Take sums over the slices.
+
+        Args:
+            costs: of the model.
+            machine: that it runs on.
+            max_rows: of a batch; the model's own limit holds as well.
+        """
+        every, none = range(len(costs.slices)), frozenset[int]()
+        self._costs, self._machine = costs, machine
+        self._rows = [rows for rows in ROWS if rows <= min(costs.max_rows, max_rows)] or [1]
+        self._sizes = [[costs.bytes_at(n, n + 1, rows) for rows in self._rows] for n in every]
+        self._compute = {
+            rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in self._rows
+        }
+        self._load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
+        self._exposed = {
+            rows: _sums(exposed_s(costs, n, n + 1, rows, none, machine) for n in every)
+            for rows in self._rows
+        }
+        self._visits: dict[tuple[int, int, int], float] = {}
+
+    def one(self, each: int) -> tuple[Stage, ...]:
+        """The whole model as one stage, with the largest batch that ``each`` bytes hold."""
+        rows = self._rows[min(self._limits(each))]
+        return (Stage(0, len(self._costs.slices), rows),)
+
+    def within(self, each: int, price: float | None = None) -> tuple[Stage, ...]:
+        """Stages of the least time a row, when all weights are streamed.
+
+        A dynamic program over the cuts: a stage costs its visit divided by the rows that all of
+        its slices can take.
+
+        Args:
+            each: bytes for a running batch.
+            price: seconds a row that a byte at a cut is worth, because it could hold weights
+                instead. Without one, what waits at a cut may take as much as runs, and no more.
+        """
+        costs, lanes = self._costs, self._machine.lanes
+        limits = self._limits(each)
+        room = lanes * each if price is None else self._machine.budget
+        count = len(costs.slices)
+        best = [0.0] + [float("inf")] * count
+        chosen = [(0, 0)] * (count + 1)
+        for last in range(1, count + 1):
+            limit = limits[last - 1]
+            for first in range(last - 1, -1, -1):
+                limit = min(limit, limits[first])
+                so_far, at = best[first], limit
+                before = self._rows[limits[first - 1] if price is None else chosen[first][1]]
+                crossing = costs.cut_bytes[first] * lanes if first else 0
+                while at > 0 and crossing * (2 * self._rows[at] + before) > room:
+                    at -= 1
+                if crossing * (2 * self._rows[at] + before) > room:
+                    continue
+                held = (price or 0.0) * crossing
+                total = so_far + self._row_s(first, last, at) + held * (2 * self._rows[at] + before)
+                while at > 0 and held:  # smaller batches, as long as what they save is worth it
+                    rows = self._rows[at - 1]
+                    less = so_far + self._row_s(first, last, at - 1) + held * (2 * rows + before)
+                    if less >= total:
+                        break
+                    total, at = less, at - 1
+                if total < best[last] - 1e-12:
+                    best[last], chosen[last] = total, (first, at)
+        stages: list[Stage] = []
+        last = count
+        while last:
+            first, at = chosen[last]
+            stages.append(Stage(first, last, self._rows[at]))
+            last = first
+        return tuple(reversed(stages))
+
+    def _limits(self, each: int) -> list[int]:
+        """Which of the batch sizes is the largest that fits, for each slice; the least if none."""
+        return [
+            max((at for at, size in enumerate(sizes) if size <= each), default=0)
+            for sizes in self._sizes
+        ]
+
+    def _row_s(self, first: int, last: int, at: int) -> float:
+        """Seconds a row of a stage with that batch size."""
+        key = (first, last, at)
+        found = self._visits.get(key)
+        if found is None:
+            rows, machine = self._rows[at], self._machine
+            compute, single, exposed = self._compute[rows], self._compute[1], self._exposed[rows]
+            compute_s = machine.batch_s(
+                compute[last] - compute[first], single[last] - single[first]
+            )
+            compute_s += copy_s(self._costs, first, rows) + SLICE_S * (last - first)
+            load_s = self._load[last] - self._load[first]
+            bare_s = exposed[last] - exposed[first]
+            found = self._visits[key] = visit_s(compute_s, load_s, bare_s, machine) / rows
+        return found
+
+
+def _sums(values: Iterable[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))
