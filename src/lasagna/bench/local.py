@@ -53,10 +53,10 @@ from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import End, Profile, profile
 from lasagna.units import Bytes, format_bytes
 
-BESIDE_BYTES: Final = 12_000_000
-"""EPC for what is not in a plan: interpreter, frames, hot code. Faults would show if it were too
+BESIDE_BYTES: Final = 10_000_000
+"""EPC for what is not in a plan: interpreter, replies, hot code. Faults would show if it were too
 little."""
-BESIDE_EACH: Final = 2_000_000
+BESIDE_EACH: Final = 1_700_000
 """The same for each model: its sessions. With seven models the hot footprint was 17.6 MB, with one
 7.5 to 8.2 (docs/experiments/0006-where-two-threads-lost-time.md)."""
 SCENARIOS: Final[dict[str, dict[str, float]]] = {

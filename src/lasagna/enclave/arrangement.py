@@ -52,6 +52,7 @@ class Arrangement:
         weights: of all of them.
         lanes: one for every compute thread.
         input_slots: memory for opened inputs of runs that wait.
+        frames: memory for runs on their way in.
         pool: where all memory comes from.
         workspace_bytes: of ONNX Runtime's arena.
     """
@@ -60,6 +61,7 @@ class Arrangement:
     weights: Weights
     lanes: Sequence[Lane]
     input_slots: Sequence[Memory]
+    frames: Sequence[bytearray]
     pool: Pool
     workspace_bytes: int
 
@@ -150,6 +152,7 @@ def arrange(
     )
     lanes = [Lane(number, pool.take(command.activation_bytes)) for number in range(command.lanes)]
     slots = [pool.take(command.input_bytes) for _ in range(command.input_slots)]
+    coming = [pool.buffer(command.frame_bytes) for _ in range(command.frame_slots)]
     sessions.arena(command.workspace_bytes)
     models = {}
     for wish, base in zip(command.models, bases, strict=True):
@@ -162,7 +165,7 @@ def arrange(
             f"slices of up to {streamed} bytes are to pass through {command.ring_slots} slots of "
             f"{command.slot_bytes}"
         )
-    arrangement = Arrangement(models, weights, lanes, slots, pool, command.workspace_bytes)
+    arrangement = Arrangement(models, weights, lanes, slots, coming, pool, command.workspace_bytes)
     for wish in command.models:
         with _about(wish.model, BudgetError, PackageError):
             _try_out(arrangement, models[wish.model], wish)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lasagna.enclave.arrangement import Arrangement
+from lasagna.enclave.channel import Frame
 from lasagna.enclave.cuts import Owner
 from lasagna.enclave.frames import error_kind
 from lasagna.enclave.messages import Part, PartResult, Run, Span
@@ -105,6 +106,7 @@ class Job:
         course: what was announced to the weights.
         inputs: the input slot that holds the opened rows; None when none is kept apart.
         opened: whether sealed rows are in enclave memory already.
+        frame: that brought them, as long as they are not.
         open_s: processor seconds that opening took; seal_s: and sealing.
         queued_at: when it began to wait for a compute thread.
         wait_s: seconds that it waited.
@@ -119,6 +121,7 @@ class Job:
     course: Course | None = None
     inputs: Memory | None = None
     opened: bool = False
+    frame: Frame | None = None
     open_s: float = 0.0
     queued_at: float = 0.0
     wait_s: float = 0.0
@@ -137,6 +140,11 @@ class Job:
                 Span(thread, kind, begin_s, end_s, command.model, number, self.rows, command.id)
             )
         return end_s
+
+    def release(self) -> None:
+        """The rows are in enclave memory, or nobody wants them."""
+        if self.frame is not None:
+            self.frame.release()
 
     def parts(self) -> list[tuple[Part, OpenRequest, int]]:
         """Those that run, each with where its rows begin in the batch."""
@@ -200,6 +208,7 @@ def open_sealed(job: Job, lane: Lane | None) -> None:
                 place[at * spec.row_bytes : (at + part.count) * spec.row_bytes] = 0
         at += part.count
     job.opened = True
+    job.release()
 
 
 def run_job(job: Job, lane: Lane, requests: Requests) -> tuple[PartResult, ...]:

@@ -22,10 +22,12 @@ from lasagna.errors import (
     ProtocolError,
     TrustError,
 )
-from lasagna.units import MIB
+from lasagna.units import KIB, MIB
 
 LENGTH: Final = struct.Struct("<I")
 DEFAULT_FRAME_LIMIT: Final = 256 * MIB
+SMALL: Final = 64 * KIB
+"""What is not longer comes and goes among the small things, outside the plan."""
 
 ERRORS: Final[dict[str, type[LasagnaError]]] = {
     error.__name__: error
@@ -60,7 +62,7 @@ def encode_frame(message: Command | Reply) -> bytearray:
     return frame
 
 
-def frame_length(head: bytes | bytearray, limit: int) -> int:
+def frame_length(head: bytes | bytearray | memoryview, limit: int) -> int:
     """The length that a frame announces.
 
     Raises:
@@ -72,7 +74,7 @@ def frame_length(head: bytes | bytearray, limit: int) -> int:
     return int(length)
 
 
-def decode_command(body: bytes | bytearray) -> Command:
+def decode_command(body: bytes | bytearray | memoryview) -> Command:
     """Parse a frame's body; records stay views of it.
 
     Raises:

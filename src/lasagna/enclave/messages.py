@@ -115,6 +115,8 @@ class Arrange(_Message, frozen=True, tag="arrange"):
         workspace_bytes: of ONNX Runtime's arena, for all compute threads.
         cores: processors for computing and loading. Where computing needs all of them, weights are
             loaded only while it pauses.
+        frame_slots: for runs on their way in, with the ciphertext of their rows; frame_bytes: of
+            each.
     """
 
     models: Annotated[tuple[ModelWish, ...], Meta(max_length=1024)]
@@ -126,6 +128,8 @@ class Arrange(_Message, frozen=True, tag="arrange"):
     activation_bytes: _Count
     workspace_bytes: _Count
     cores: Annotated[int, Meta(ge=1, le=MAX_CORES)] = MAX_CORES
+    frame_slots: Annotated[int, Meta(ge=0, le=2048)] = 0
+    frame_bytes: _Count = 0
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -107,17 +107,28 @@ class Pool:
         """
         pages = whole_pages(size)
         with self._lock:
-            if self.used + pages > self.size:
-                raise BudgetError(
-                    f"the enclave has {format_bytes(self.size - self.used)} of its "
-                    f"{format_bytes(self.size)} left, not {format_bytes(pages)}"
-                )
+            self._require(pages)
             memory = self._area.take(pages) if self._area is not None else None
             if memory is None:
                 memory = _map(pages)
-            self.used += pages
-            self.high_water = max(self.high_water, self.used)
+            self._count(pages)
         return memory[:size]
+
+    def buffer(self, size: int) -> bytearray:
+        """Zeros in a bytearray: from these ``trust.records`` opens ciphertext. It stays counted.
+
+        Raises:
+            BudgetError: that is more than is left.
+        """
+        pages = whole_pages(size)
+        with self._lock:
+            self._require(pages)
+            try:
+                buffer = bytearray(size)
+            except (MemoryError, OverflowError):
+                raise _too_much(pages) from None
+            self._count(pages)
+        return buffer
 
     def give_back(self, memory: Memory) -> None:
         """A piece is no longer used; a mapping of its own goes with the last reference."""
@@ -126,6 +137,17 @@ class Pool:
             assert self.used >= 0
             if self._area is not None:
                 self._area.give_back(memory)
+
+    def _require(self, pages: int) -> None:
+        if self.used + pages > self.size:
+            raise BudgetError(
+                f"the enclave has {format_bytes(self.size - self.used)} of its "
+                f"{format_bytes(self.size)} left, not {format_bytes(pages)}"
+            )
+
+    def _count(self, pages: int) -> None:
+        self.used += pages
+        self.high_water = max(self.high_water, self.used)
 
 
 def _map(pages: int) -> Memory:
@@ -137,10 +159,14 @@ def _map(pages: int) -> Memory:
     try:
         region = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError):
-        raise BudgetError(f"the system has no {format_bytes(pages)}") from None
+        raise _too_much(pages) from None
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         region.madvise(mmap.MADV_HUGEPAGE)  # weights are read end to end: fewer TLB misses
     return np.frombuffer(region, dtype=np.uint8)[:pages]
+
+
+def _too_much(pages: int) -> BudgetError:
+    return BudgetError(f"the system has no {format_bytes(pages)}")
 
 
 def _length(free: tuple[int, int]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from lasagna.enclave import frames
 from lasagna.enclave import messages as m
 from lasagna.enclave.arrangement import Arrangement, RefusedModelError, Sessions, arrange
+from lasagna.enclave.channel import Channel, Frame
 from lasagna.enclave.counters import Counters
 from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
 from lasagna.enclave.model import LoadedModel, Model
@@ -57,11 +58,10 @@ class Enclave:
 
     def __init__(self, connection: socket.socket, limits: Limits, quoter: Quoter) -> None:
         """Nothing happens before ``serve``."""
-        self._socket = connection
+        self._channel = Channel(connection, limits.frame_limit)
         self._limits = limits
         self._quoter = quoter
         self._block = native_block()
-        self._sending = threading.Lock()
         self._pending: tuple[Package, PendingKeyRequest] | None = None
         self._models: dict[bytes, LoadedModel] = {}
         self._sessions = Sessions()
@@ -86,7 +86,7 @@ class Enclave:
         Raises:
             ProtocolError: the host sent something that is no command; the enclave must not go on.
         """
-        self._send(
+        self._channel.send(
             m.Hello(
                 id=0,
                 version=m.PROTOCOL_VERSION,
@@ -97,24 +97,26 @@ class Enclave:
             )
         )
         try:
-            while (body := self._receive()) is not None:
-                command = frames.decode_command(body)
+            while (frame := self._channel.receive()) is not None:
+                command = frames.decode_command(frame.body)
                 if isinstance(command, m.Stop):
                     self._dissolve()
-                    self._send(m.Stopped(command.id))
+                    self._channel.send(m.Stopped(command.id))
                     return
                 try:
-                    self._carry_out(command)
+                    self._carry_out(command, frame)
                 except LasagnaError as error:
+                    frame.release()
                     self._fail(command.id, error)
         finally:
             self._dissolve()
 
-    def _carry_out(self, command: m.Command) -> None:
+    def _carry_out(self, command: m.Command, frame: Frame) -> None:
         self._counters.entries += 1
         match command:
             case m.Run():
-                self._enqueue(command)
+                self._enqueue(command, frame)
+                return
             case m.Forget():
                 self._forget(command)
             case m.Pin() | m.Unpin():
@@ -122,22 +124,23 @@ class Enclave:
             case m.Attest():
                 released = self._loaded(command.model).released
                 document = attest(released.service_claims(command.nonce), self._quoter)
-                self._send(m.Attested(command.id, document))
+                self._channel.send(m.Attested(command.id, document))
             case m.RequestKeys():
-                self._send(self._request_keys(command))
+                self._channel.send(self._request_keys(command))
             case m.Load():
-                self._send(self._load(command))
+                self._channel.send(self._load(command))
             case m.Unload():
                 self._unload(command)
             case m.Arrange():
-                self._send(self._arrange(command))
+                self._channel.send(self._arrange(command))
             case m.TakeSpans():
                 spans, lost = self._recorder.take(record=command.record)
-                self._send(m.Spans(command.id, spans, lost))
+                self._channel.send(m.Spans(command.id, spans, lost))
             case m.GetStats():
-                self._send(self._stats(command.id))
+                self._channel.send(self._stats(command.id))
             case m.Stop():
                 raise AssertionError("handled by serve")
+        frame.release()
 
     # Models.
 
@@ -191,7 +194,7 @@ class Enclave:
         self._sessions.forget(command.model)
         self._requests.forget_model(command.model)
         loaded.package.package.close()
-        self._send(m.Done(command.id))
+        self._channel.send(m.Done(command.id))
 
     # Memory.
 
@@ -216,6 +219,7 @@ class Enclave:
             kind = frames.error_kind(error.reason)
             took_s = time.perf_counter() - start
             return m.Arranged(command.id, 0, took_s, error.model, kind, str(error))
+        self._channel.provide(made.frames)
         self._free_slots = queue.Queue()
         for slot in made.input_slots:
             self._free_slots.put(slot)
@@ -262,6 +266,7 @@ class Enclave:
         self._loader.join()
         self._counters.keep(weights)
         self._free_slots = queue.Queue()
+        self._channel.provide(())
         self._arrangement = self._loader = None
 
     def _arranged(self, digest: bytes) -> tuple[Arrangement, Model]:
@@ -282,7 +287,7 @@ class Enclave:
 
         def done(error: LasagnaError | None) -> None:
             if error is None:
-                self._send(m.Done(command.id))
+                self._channel.send(m.Done(command.id))
             else:
                 self._fail(command.id, error)
 
@@ -291,7 +296,7 @@ class Enclave:
 
     # Requests.
 
-    def _enqueue(self, command: m.Run) -> None:
+    def _enqueue(self, command: m.Run, frame: Frame) -> None:
         """Check a run, open its rows if there is room for that apart, and queue it."""
         arrangement, model = self._arranged(command.model)
         rows = sum(part.count for part in command.parts)
@@ -305,7 +310,9 @@ class Enclave:
             raise InvalidInputError("rows of one run come all sealed, or all from a cut")
         start, cpu = time.perf_counter(), time.thread_time()
         requests = open_requests(self._requests, command, model)
-        job = Job(command, arrangement, model, requests, rows)
+        job = Job(command, arrangement, model, requests, rows, frame=frame)
+        if sealed == {False}:
+            job.release()
         if command.first == 0 and slots:
             job.inputs = self._free_slots.get()
             open_sealed(job, None)
@@ -324,7 +331,7 @@ class Enclave:
         for cut in (cut for model in models for cut in model.cuts.values()):
             if owner is not None:
                 cut.forget(owner)
-        self._send(m.Done(command.id))
+        self._channel.send(m.Done(command.id))
 
     def _load_ahead(self, arrangement: Arrangement) -> None:
         """The loader thread. Those that share a layer rest while it works: their place is free."""
@@ -340,7 +347,7 @@ class Enclave:
                 with self._emptied:
                     self._inside -= 1
                     self._emptied.notify_all()
-                self._send(reply)
+                self._channel.send(reply)
 
     def _run(self, job: Job, number: int) -> m.Reply:
         job.wait_s = time.perf_counter() - job.queued_at
@@ -351,6 +358,7 @@ class Enclave:
             reply = m.Ran(job.command.id, results, self._counters.note(job, weights))
         except LasagnaError as error:
             reply = _failed(job.command.id, error)
+        job.release()
         assert job.course is not None
         weights.finish(job.course)
         if job.inputs is not None:
@@ -363,32 +371,7 @@ class Enclave:
     # The end, and the socket.
 
     def _fail(self, id_: int, error: LasagnaError) -> None:
-        self._send(_failed(id_, error))
-
-    def _send(self, reply: m.Reply) -> None:
-        frame = frames.encode_frame(reply)
-        with self._sending:
-            try:
-                self._socket.sendall(frame)
-            except OSError:
-                return  # the host is gone; serve sees the end of the connection next
-
-    def _receive(self) -> bytearray | None:
-        head = self._read(frames.LENGTH.size)
-        if head is None:
-            return None
-        return self._read(frames.frame_length(head, self._limits.frame_limit))
-
-    def _read(self, size: int) -> bytearray | None:
-        """Exactly so many bytes, or None when the host has closed the connection."""
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            got = self._socket.recv_into(view)
-            if got == 0:
-                return None
-            view = view[got:]
-        return data
+        self._channel.send(_failed(id_, error))
 
 
 def _failed(id_: int, error: LasagnaError) -> m.Failed:

@@ -40,6 +40,8 @@ STREAMING_SLOTS: Final = 8
 little to compute (docs/experiments/0002-streaming.md)."""
 SHARED_ARENA_MARGIN: Final = 1.5
 """Room for fragmentation when several compute threads allocate from one workspace arena."""
+FRAME_BYTES: Final = 1024
+"""More than a row takes in a message to the enclave beside its tensors: records, capsule, names."""
 GRID: Final = 1.5
 """Step between the amounts of memory for a running batch that are tried."""
 GRID_FROM: Final = 32 * 1024
@@ -122,6 +124,9 @@ class _Search:
             workspace = int(workspace * SHARED_ARENA_MARGIN)
         workspace += sum(costs.copies_bytes for costs in models.values())
         inputs = max(models[name].cut_bytes[0] * stages[name][0].rows for name in models)
+        frames = max(
+            (models[name].cut_bytes[0] + FRAME_BYTES) * stages[name][0].rows for name in models
+        )
         waiting = sum(_waiting(models[name], stages[name], machine.lanes) for name in models)
         largest = max(one.weight_bytes for costs in models.values() for one in costs.slices)
         plan = MemoryPlan(
@@ -138,6 +143,8 @@ class _Search:
             activation_bytes=whole_pages(activations),
             workspace_bytes=whole_pages(workspace),
             staging_bytes=(machine.lanes + 1) * whole_pages(min(largest, machine.chunk_bytes) + 64),
+            frame_slots=1 if apart else machine.lanes + 1,
+            frame_bytes=whole_pages(frames),
             waiting_bytes=waiting,
             pinned_bytes=0,
             request_s={},

@@ -24,7 +24,8 @@ class MemoryPlan:
         cores: processors for computing and loading.
         activation_bytes: of the batch that runs on one of them.
         workspace_bytes: of kernels, for all threads, and of copies of weights in sessions.
-        staging_bytes: of ciphertext on its way.
+        staging_bytes: of weights' ciphertext on its way.
+        frame_slots: for requests' ciphertext on its way, each of frame_bytes.
         waiting_bytes: activations of requests between two stages.
         pinned_bytes: weights that stay.
         request_s: predicted seconds of the server for a request of each model, when it is busy.
@@ -43,6 +44,8 @@ class MemoryPlan:
     activation_bytes: int
     workspace_bytes: int
     staging_bytes: int
+    frame_slots: int
+    frame_bytes: int
     waiting_bytes: int
     pinned_bytes: int
     request_s: Mapping[str, float]
@@ -62,6 +65,7 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         """Of the whole plan."""
         held = self.ring_bytes + self.pinned_bytes + self.waiting_bytes + self.staging_bytes
+        held += self.frame_slots * self.frame_bytes
         return held + self.running_bytes
 
 

@@ -133,4 +133,6 @@ def arrange_message(id_: int, plan: MemoryPlan | None, digests: Mapping[str, byt
         plan.activation_bytes,
         plan.workspace_bytes,
         min(plan.cores, m.MAX_CORES),
+        plan.frame_slots,
+        plan.frame_bytes,
     )

@@ -37,7 +37,7 @@ class PlanFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     input_bytes: int
     """Staging memory for inputs of runs that wait; 0 when inputs go to the activations."""
     staging_bytes: int
-    """Ciphertext on its way to be decrypted."""
+    """Ciphertext of weights and of requests on its way to be decrypted."""
     workspace_bytes: int
     """Of kernels, and of copies of weights in sessions."""
     waiting_bytes: int
@@ -61,7 +61,7 @@ def plan_facts(plan: MemoryPlan, name: str, variant: str) -> PlanFacts:
         slot_bytes=plan.slot_bytes,
         activation_bytes=plan.lanes * plan.activation_bytes,
         input_bytes=plan.input_slots * plan.input_bytes,
-        staging_bytes=plan.staging_bytes,
+        staging_bytes=plan.staging_bytes + plan.frame_slots * plan.frame_bytes,
         workspace_bytes=plan.workspace_bytes,
         waiting_bytes=plan.waiting_bytes,
         total_bytes=plan.total_bytes,
