@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 
 def enclave_budget(weights: int) -> int:
-    """A quarter of the weights or 8 MB, whichever is larger."""
-    return max(weights // 4, 8_000_000)
+    """A quarter of the weights or 9 MB, whichever is larger."""
+    return max(weights // 4, 9_000_000)
 
 
 @pytest.mark.parametrize("seed", [None, 1], ids=["published", "random"])

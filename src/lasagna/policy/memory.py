@@ -143,7 +143,7 @@ class _Search:
             activation_bytes=whole_pages(activations),
             workspace_bytes=whole_pages(workspace),
             staging_bytes=(machine.lanes + 1) * whole_pages(min(largest, machine.chunk_bytes) + 64),
-            frame_slots=1 if apart else machine.lanes + 1,
+            frame_slots=1 if apart else machine.lanes,  # what runs has opened its rows
             frame_bytes=whole_pages(frames),
             waiting_bytes=waiting,
             pinned_bytes=0,
