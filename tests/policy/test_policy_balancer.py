@@ -24,7 +24,8 @@ from lasagna.policy.balancer_events import (
     ServerLost,
 )
 from lasagna.policy.cluster import Cluster, Part, Server, is_chain
-from lasagna.policy.media import Paging, media
+from lasagna.policy.media import media
+from lasagna.policy.paging import Paging
 from lasagna.policy.placed import Bound, PartCosts, Placement, connected
 from lasagna.policy.spread import whole_models
 from lasagna.policy.stages import Machine
@@ -241,7 +242,7 @@ def test_whole_models_are_on_every_server_that_can_hold_them() -> None:
 
 def test_media_splits_what_pages_and_keeps_together_what_fits() -> None:
     """Merged while it fits; over slow links paging is cheaper than carrying."""
-    paging = Paging(page_s=11.5e-6, beside_bytes=10 * MB)
+    paging = {f"s{n}": Paging(42 * MB, 11.5e-6) for n in range(4)}
     small = linear([5 * MB] * 4, [100_000] * 4, [0.01] * 4)
     large = linear([20 * MB] * 4, [100_000] * 4, [0.01] * 4)
     fast = tuple(server(f"s{n}") for n in range(4))

@@ -15,10 +15,11 @@ from tests.sim.cases import MACHINE, MB, model
 
 from lasagna.policy.costs import ModelCosts
 from lasagna.policy.events import Answer, Arrange, Arrived, Command, Event, Pin, Ran, Run
+from lasagna.policy.paging import Paging
 from lasagna.policy.plan import Style
 from lasagna.policy.stages import APART_LOSS, Machine, Stage, request_s
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Calibration, Paging, noise
+from lasagna.sim.calibration import Calibration, noise
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import End, VirtualEnclave
 from lasagna.sim.planner import Planner

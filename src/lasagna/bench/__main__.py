@@ -20,9 +20,11 @@ from lasagna.errors import LasagnaError
 
 BENCHMARKS: Final[dict[str, str]] = {
     "baseline": "lasagna.bench.baseline",
+    "fidelity": "lasagna.bench.fidelity",
     "local": "lasagna.bench.local",
     "epc": "lasagna.bench.epc",
     "overhead": "lasagna.bench.overhead",
+    "paper": "lasagna.bench.paper",
     "plan": "lasagna.bench.plan",
     "policy": "lasagna.bench.policy",
     "scale": "lasagna.bench.scale",

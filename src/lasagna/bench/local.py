@@ -91,7 +91,7 @@ _ENDS: Final[tuple[End, ...]] = ("typical", "low", "high")
 
 
 @dataclass(slots=True)
-class _Models:
+class LocalModels:
     """Everything that is made once for a model."""
 
     sealed: dict[str, SealedModel] = field(default_factory=dict)
@@ -159,7 +159,7 @@ async def _run(
     order = list(SCENARIOS)
     commit = read_commit()
     with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
-        folder, models = Path(made), _Models()
+        folder, models = Path(made), LocalModels()
         for name in scenarios:
             mix = SCENARIOS[name]
             with console.status(f"{name}: sealing ..."):
@@ -182,7 +182,7 @@ def _sorted(rows: Iterable[Row], order: Sequence[str]) -> list[Row]:
 
 
 async def _scenario(
-    name: str, threads: int, epc_name: str, models: _Models, folder: Path, *, quick: bool
+    name: str, threads: int, epc_name: str, models: LocalModels, folder: Path, *, quick: bool
 ) -> Row:
     mix, epc = SCENARIOS[name], profile(epc_name)
     first = epc_name == PROFILES[0]
@@ -233,7 +233,12 @@ def _ends(policy: str, *, first: bool, last: bool) -> tuple[End, ...]:
 
 
 async def _start(
-    policy: str, mix: Mapping[str, float], threads: int, epc: Profile, models: _Models, folder: Path
+    policy: str,
+    mix: Mapping[str, float],
+    threads: int,
+    epc: Profile,
+    models: LocalModels,
+    folder: Path,
 ) -> Served:
     costs = epc.costs()
     backend, reason = choose_backend(costs)

@@ -22,6 +22,7 @@ from lasagna.policy.placement import PlanOptions
 from lasagna.sim.arrivals import Arrival, diurnal, gamma, mmpp, poisson, recorded, requests
 from lasagna.sim.options import EnclaveDies, ServerDies, ServerSlows, Trouble
 from lasagna.sim.policies import CLUSTER_POLICIES, ClusterPolicy, cluster_policy
+from lasagna.sim.replacing import Replanning
 from lasagna.units import MIB
 
 _Positive = Annotated[float, Meta(gt=0, le=1e9)]
@@ -54,6 +55,12 @@ class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time_limit_s: _NotNegative = 5.0
 
 
+class _Replan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    after_s: _NotNegative = 2.0
+    slower: Annotated[float, Meta(gt=1, le=100)] = 1.3
+    horizon_s: _Positive = 600.0
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cluster: str
     models: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -71,6 +78,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arrivals: _Arrivals = _Arrivals()
     trouble: tuple[_Trouble, ...] = ()
     plan: _Plan = _Plan()
+    replan: _Replan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,14 @@ class Scenario:
     plan: PlanOptions
     troubles: tuple[Trouble, ...]
     settings: _File
+
+    @property
+    def replanning(self) -> Replanning | None:
+        """How policies that plan look for other placements; None if the file asks for none."""
+        how = self.settings.replan
+        if how is None:
+            return None
+        return Replanning(how.after_s, how.slower, how.horizon_s, self.plan)
 
     def arrivals(self, throughput: float) -> Iterator[Arrival]:
         """Requests, the same ones at each call.

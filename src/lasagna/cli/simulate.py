@@ -29,6 +29,7 @@ from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
 from lasagna.sim.policies import Prepared, prepared, roomy
 from lasagna.tee.epc_profiles import profile
+from lasagna.units import format_bytes
 
 FORMAT: Final = 1
 PAGING: Final = profile("sgx1-128")
@@ -89,6 +90,7 @@ def _outcomes(scenario: Scenario, plan: Placement, bar: Progress) -> dict[str, O
         report_s=settings.report_ms / 1000,
         detect_s=settings.detect_ms / 1000,
         noise=settings.noise,
+        replanning=scenario.replanning,
     )
     planner = Planner()
     outcomes: dict[str, Outcome] = {}
@@ -143,6 +145,7 @@ def _report(
                     for model, figures in outcome.figures(since_s=since_s).items()
                 },
                 "servers": {server: asdict(f) for server, f in outcome.servers.items()},
+                "moves": asdict(outcome.moves),
             }
             for name, outcome in outcomes.items()
         },
@@ -179,6 +182,14 @@ def _show(
             f"{plain(busiest)} {100 * share:.0f} %",
         )
     console.print(table)
+    for name, outcome in outcomes.items():
+        moves = outcome.moves
+        if moves.looked:
+            console.print(
+                f"{name}: looked for another placement {moves.looked} times, applied "
+                f"{moves.applied}, carried {format_bytes(moves.moved_bytes)} of weights",
+                highlight=False,
+            )
 
 
 def _seconds(seconds: float) -> str:

@@ -138,13 +138,17 @@ Rule = Callable[["Balancer", _Network, Asked], "tuple[Part, ...] | None"]
 class Balancer:
     """One balancer over a cluster. ``handle`` is the only thing that changes it."""
 
-    def __init__(self, cluster: Cluster, placement: Placement, rule: str = "earliest") -> None:
+    def __init__(
+        self, cluster: Cluster, placement: Placement, rule: str = "earliest", *, balancers: int = 1
+    ) -> None:
         """Nothing is under way, and all servers are believed idle.
 
         Args:
             cluster: with every server that the placement names.
             placement: that is in force.
             rule: how routes are chosen, one of ``RULES``.
+            balancers: that share the requests evenly, this one included: of a part's planned rate
+                each has its share.
 
         Raises:
             UsageError: there is no such rule.
@@ -153,6 +157,7 @@ class Balancer:
             raise UsageError(f"there is no rule {rule!r}; choose {', '.join(RULES)}")
         self._slices = {name: len(sliced(forms).slices) for name, forms in cluster.models.items()}
         self._choose = RULES[rule]
+        self._balancers = balancers
         self.servers = {server.name: Belief(server) for server in cluster.servers}
         self._networks: dict[str, _Network] = {}
         self._turns: dict[tuple[str, int], int] = {}
@@ -239,7 +244,8 @@ class Balancer:
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
             if costs.rate > 0.0:
                 share = self._shares.setdefault(part, _Share())
-                share.use(event.at_s, costs.rate / belief.factor, event.rows)
+                rate = costs.rate / belief.factor / self._balancers
+                share.use(event.at_s, rate, event.rows)
 
     def _times(self, event: Asked, route: tuple[Part, ...]) -> tuple[list[float], float]:
         """When a request is expected at each of its parts, and when its answer is."""

@@ -10,35 +10,26 @@ the same is done with the servers that are left, until none is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, Server, carry_s, sliced
 from lasagna.policy.costs import ModelCosts
+from lasagna.policy.paging import Paging
 from lasagna.policy.placed import Bound, PartCosts, Placement
 from lasagna.policy.promise import ceiling_of
+from lasagna.units import PAGE
 
 
-@dataclass(frozen=True, slots=True)
-class Paging:
-    """What a server loses beyond its EPC.
-
-    Attributes:
-        page_s: seconds for a page that is evicted and loaded.
-        page_bytes: of one.
-        beside_bytes: of the EPC that are not for the model.
-    """
-
-    page_s: float
-    page_bytes: int = 4096
-    beside_bytes: int = 14_000_000
-
-
-def media(cluster: Cluster, paging: Paging) -> Placement:
+def media(cluster: Cluster, paging: Mapping[str, Paging]) -> Placement:
     """Chains for every model, the models in turn, until no servers are left.
+
+    Args:
+        cluster: servers, models and load.
+        paging: of each server, by name.
 
     Raises:
         BudgetError: there are fewer servers than models.
@@ -79,7 +70,7 @@ def media(cluster: Cluster, paging: Paging) -> Placement:
 
 
 def _chain(
-    cluster: Cluster, model: str, servers: Sequence[Server], paging: Paging
+    cluster: Cluster, model: str, servers: Sequence[Server], paging: Mapping[str, Paging]
 ) -> dict[Part, PartCosts]:
     """One chain over some of these servers."""
     costs = sliced(cluster.models[model])
@@ -108,7 +99,7 @@ def _chain(
 
 
 def _whole(
-    cluster: Cluster, model: str, servers: Sequence[Server], paging: Paging
+    cluster: Cluster, model: str, servers: Sequence[Server], paging: Mapping[str, Paging]
 ) -> dict[Part, PartCosts]:
     """The model on one server, the one on which it ends first."""
     costs = sliced(cluster.models[model])
@@ -121,20 +112,22 @@ def _whole(
     return {part: PartCosts(own_s, own_s, costs.cut_bytes[0], costs.cut_bytes[-1], 1.0 / own_s)}
 
 
-def _merged(costs: ModelCosts, servers: Sequence[Server], paging: Paging) -> list[int]:
+def _merged(
+    costs: ModelCosts, servers: Sequence[Server], paging: Mapping[str, Paging]
+) -> list[int]:
     """Cuts that are left when neighbours are merged as long as that costs nothing.
 
     Reckoned for a mean server, and a mean link.
     """
     mean = replace(
         servers[0],
-        machine=replace(
-            servers[0].machine, budget=int(fmean(one.machine.budget for one in servers))
-        ),
+        name="mean",
         speed=fmean(one.speed for one in servers),
         bandwidth=fmean(one.bandwidth for one in servers),
         delay_s=fmean(one.delay_s for one in servers),
     )
+    own = [paging[one.name] for one in servers]
+    paging = {"mean": replace(own[0], epc_bytes=int(fmean(one.epc_bytes for one in own)))}
     other = replace(mean, name="another")
     cuts = list(range(len(costs.slices) + 1))
     merged = True
@@ -153,16 +146,20 @@ def _merged(costs: ModelCosts, servers: Sequence[Server], paging: Paging) -> lis
     return cuts
 
 
-def _beyond(costs: ModelCosts, first: int, last: int, server: Server, paging: Paging) -> int:
+def _beyond(
+    costs: ModelCosts, first: int, last: int, server: Server, paging: Mapping[str, Paging]
+) -> int:
     """Bytes that a partition works on, if they are more than the server's EPC; 0 if they fit."""
     size = sum(one.weight_bytes for one in costs.slices[first:last])
     size += costs.bytes_at(first, last, 1)
-    return size if size > server.machine.budget - paging.beside_bytes else 0
+    return size if size > paging[server.name].room_bytes else 0
 
 
-def _takes_s(costs: ModelCosts, first: int, last: int, server: Server, paging: Paging) -> float:
+def _takes_s(
+    costs: ModelCosts, first: int, last: int, server: Server, paging: Mapping[str, Paging]
+) -> float:
     """Seconds of one request: a scan larger than the EPC loads every page again."""
     threads = min(server.machine.lanes * server.machine.width, server.machine.cores)
     compute_s = costs.compute_at(first, last, 1) / server.speed / threads
-    pages = _beyond(costs, first, last, server, paging) / paging.page_bytes
-    return compute_s + pages * paging.page_s + server.machine.entry_s
+    pages = _beyond(costs, first, last, server, paging) / PAGE
+    return compute_s + pages * paging[server.name].page_s + server.machine.entry_s

@@ -30,6 +30,7 @@ from lasagna.policy.flow import (
 from lasagna.policy.groups import in_groups
 from lasagna.policy.placed import Placement, connected
 from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_chains, why_not
+from lasagna.policy.settle import settled
 
 NEAR: Final = 24
 """Columns of each kind of server that the integer programs choose from, beside the needed ones."""
@@ -43,6 +44,8 @@ UNIT_S: Final = 0.2
 """Seconds for planning a group, at least."""
 EACH: Final = 120
 """Columns of a server that is chosen anew, beside those that it has."""
+SEARCHING: Final = 0.8
+"""Share of the time that the search has where servers' planners are asked afterwards."""
 FRUITLESS: Final = 12
 """Rounds without gain after which the search ends."""
 GAIN: Final = 1e-4
@@ -58,11 +61,14 @@ class PlanOptions:
             time of a request at the demand itself, if it can be served at all.
         time_limit_s: by the clock that is handed in, at about which the search ends.
         exact: choose among all columns at once, until nothing better can exist.
+        settled: reckon with what servers' own planners make of it, and with whole models on all
+            servers (``policy.settle``); else with what columns promise.
     """
 
     objective: Objective = "throughput"
     time_limit_s: float = 10.0
     exact: bool = False
+    settled: bool = True
 
 
 def plan_cluster(
@@ -90,9 +96,14 @@ def plan_cluster(
     cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
     columns = columns_of(cluster, cuts)
     require_chains(cluster, columns)
-    left = replace(options, time_limit_s=until_s - clock())
+    settling = options.settled and not options.exact and moving is free_of_charge
+    left_s = (until_s - clock()) * (SEARCHING if settling else 1.0)
+    left = replace(options, time_limit_s=left_s)
     flows, most, _ = _Search(cluster, left, clock, moving).run(columns, begin)
-    return placement_of(cluster, flows, bound_of(most, options.objective))
+    found = placement_of(cluster, flows, bound_of(most, options.objective))
+    if not settling:
+        return found
+    return settled(cluster, found, options.objective, clock=clock, until_s=until_s)
 
 
 @dataclass(slots=True)

@@ -24,16 +24,23 @@ def whole_models(cluster: Cluster) -> Placement:
     columns = columns_of(cluster, dict.fromkeys(wanted, ()))
     kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
     placed: list[tuple[Column, ...]] = []
+    chosen_by: dict[tuple[int, int], tuple[Column, ...]] = {}
     for number, server in enumerate(cluster.servers):
         ways = [column for column in columns if column.kind == kinds[server.kind]]
         known = {column.model for column in ways}
         turn = number * len(wanted) // len(cluster.servers)
+        alike = chosen_by.get((kinds[server.kind], turn))
+        if alike is not None:
+            placed.append(alike)
+            continue
         here: list[str] = []
         for model in (*wanted[turn:], *wanted[:turn]):
             if model in known and _fit(cluster, server, [*here, model]):
                 here.append(model)
         each = room_on(server) // max(1, len(here))
-        placed.append(tuple(_way(ways, model, each) for model in sorted(here)))
+        alike = tuple(_way(ways, model, each) for model in sorted(here))
+        placed.append(alike)
+        chosen_by[kinds[server.kind], turn] = alike
     missing = set(wanted) - {column.model for here in placed for column in here}
     if missing:
         raise BudgetError(f"no server has memory for {', '.join(map(repr, sorted(missing)))}")

@@ -10,10 +10,9 @@ from typing import Final
 import numpy as np
 
 from lasagna.policy.costs import ModelCosts
+from lasagna.policy.paging import Paging
 from lasagna.units import PAGE
 
-HOT_BYTES: Final = 8_000_000
-"""Code and data of a serving process that it touches all the time."""
 _BLOCK: Final = 4096
 
 
@@ -52,21 +51,6 @@ def noise(rng: np.random.Generator, sigma: float) -> Iterator[float]:
         yield from rng.lognormal(-sigma * sigma / 2, sigma, _BLOCK).tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class Paging:
-    """An enclave whose memory is left to the kernel, as the vanilla baseline's.
-
-    Attributes:
-        epc_bytes: of enclave memory that can be resident.
-        page_s: seconds of one page's load and of the eviction that makes room for it.
-        hot_bytes: of the process that stay resident.
-    """
-
-    epc_bytes: int
-    page_s: float
-    hot_bytes: int = HOT_BYTES
-
-
 class Resident:
     """Which models' working sets are in the EPC, when the least recently used pages are evicted.
 
@@ -78,7 +62,7 @@ class Resident:
 
     def __init__(self, paging: Paging) -> None:
         """Nothing is resident."""
-        self._room = paging.epc_bytes - paging.hot_bytes
+        self._room = paging.room_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()
 
     def pass_pages(self, model: str, costs: ModelCosts) -> tuple[int, float]:

@@ -22,11 +22,12 @@ from lasagna.policy.balancer_events import (
     Dispatch,
     Ended,
     Passed,
+    Replaced,
     Reported,
     ServerBack,
     ServerLost,
 )
-from lasagna.policy.cluster import Cluster, Server, part_of
+from lasagna.policy.cluster import Cluster, Part, Server, part_of
 from lasagna.policy.costs import Forms
 from lasagna.policy.events import Answer, Command, Event, GiveUp
 from lasagna.policy.placed import Placement
@@ -34,10 +35,11 @@ from lasagna.sim.arrivals import Arrival
 from lasagna.sim.calibration import noise
 from lasagna.sim.clock import NEVER, Clock
 from lasagna.sim.enclave import End, VirtualEnclave
-from lasagna.sim.metrics import Fate, Outcome, Requests, ServerFigures
+from lasagna.sim.metrics import Fate, Moves, Outcome, Requests
 from lasagna.sim.network import Network
 from lasagna.sim.options import EnclaveDies, Options, ServerDies, ServerSlows, Trouble
 from lasagna.sim.planner import Planner
+from lasagna.sim.replacing import Replacing
 from lasagna.sim.server import Flow, MakeEnclave, VirtualServer
 
 Heard: TypeAlias = Callable[[str, Event | BalancerEvent, Sequence[Command | BalancerCommand]], None]
@@ -99,7 +101,8 @@ class VirtualCluster:
         self.clock = Clock()
         self.network = Network(self.clock, cluster.servers)
         self.balancers = [
-            Balancer(cluster, placement, options.rule) for _ in range(options.balancers)
+            Balancer(cluster, placement, options.rule, balancers=options.balancers)
+            for _ in range(options.balancers)
         ]
         planner = planner or Planner()
         self.servers = {
@@ -113,6 +116,20 @@ class VirtualCluster:
             )
             for number, server in enumerate(cluster.servers)
         }
+        self._replacing = (
+            Replacing(
+                self.clock,
+                self.network,
+                self.servers,
+                cluster,
+                placement,
+                options.replanning,
+                self._replaced,
+                self._used,
+            )
+            if options.replanning
+            else None
+        )
 
     def run(
         self,
@@ -140,7 +157,12 @@ class VirtualCluster:
         for flow in self._open.values():
             self._requests.end(flow.arrival.model, Fate.UNFINISHED, flow.arrival.at_s, now_s)
         runs = sum(server.counters.runs for server in self.servers.values())
-        return Outcome(now_s, self._requests, self._server_figures(now_s), self._events + runs)
+        moves = Moves()
+        if self._replacing is not None:
+            done = self._replacing
+            moves = Moves(done.looked, done.applied, done.moved_bytes)
+        figures = {name: one.figures(self.network, now_s) for name, one in self.servers.items()}
+        return Outcome(now_s, self._requests, figures, self._events + runs, moves)
 
     # Requests.
 
@@ -303,6 +325,9 @@ class VirtualCluster:
         self._tell_all(
             Reported(self.clock.now_s, server.server.name, measured_s, backlog_s, slowness)
         )
+        if self._replacing is not None:
+            beliefs = self.balancers[0].servers
+            self._replacing.heard(server.server.name, beliefs[server.server.name], beliefs)
 
     def _tell_all(self, event: BalancerEvent) -> None:
         for number in range(len(self.balancers)):
@@ -325,6 +350,16 @@ class VirtualCluster:
 
     def _lost(self, server: VirtualServer) -> None:
         self._tell_all(ServerLost(self.clock.now_s, server.server.name))
+        if self._replacing is not None:
+            self._replacing.noticed(self.balancers[0].servers)
+
+    def _replaced(self, event: Replaced) -> None:
+        self._parts = {**self._parts, **event.placement.parts}
+        self._tell_all(event)
+
+    def _used(self, part: Part) -> bool:
+        """Whether a request is on a part, or will come to it."""
+        return any(part in flow.route[flow.hop :] for flow in self._open.values())
 
     def _opened(self, server: VirtualServer) -> None:
         """Its enclave takes runs; if it was lost, balancers are told of its return."""
@@ -336,25 +371,8 @@ class VirtualCluster:
     def _back(self, server: VirtualServer) -> None:
         if server.alive:
             self._tell_all(ServerBack(self.clock.now_s, server.server.name))
-
-    def _server_figures(self, seconds: float) -> dict[str, ServerFigures]:
-        span_s = max(seconds, 1e-12)
-        found = {}
-        for name, server in self.servers.items():
-            done, up, down = server.counters, self.network.up[name], self.network.down[name]
-            found[name] = ServerFigures(
-                utilisation=done.busy_s / span_s,
-                runs=done.runs,
-                tasks=done.tasks,
-                loads_per_task=done.loads / max(1, done.tasks),
-                loaded_bytes=done.loaded_bytes,
-                pages=done.pages,
-                in_bytes=down.bytes,
-                out_bytes=up.bytes,
-                in_share=down.busy_s / span_s,
-                out_share=up.busy_s / span_s,
-            )
-        return found
+            if self._replacing is not None:
+                self._replacing.noticed(self.balancers[0].servers)
 
 
 def _models_on(cluster: Cluster, placement: Placement, server: Server) -> dict[str, Forms]:

@@ -33,11 +33,12 @@ from lasagna.policy.events import (
     Run,
     Unpin,
 )
+from lasagna.policy.paging import Paging
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Calibration, Paging, Resident
+from lasagna.sim.calibration import Calibration, Resident
 from lasagna.sim.clock import Clock
 from lasagna.sim.planner import Planner
 from lasagna.sim.runs import Gang, Takes, reckon

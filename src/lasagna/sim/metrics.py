@@ -159,6 +159,21 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True)
+class Moves:
+    """What was replanned.
+
+    Attributes:
+        looked: how often another placement was looked for.
+        applied: how often it was worth its moves.
+        moved_bytes: of weights that were carried to servers.
+    """
+
+    looked: int = 0
+    applied: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a simulation.
 
@@ -167,12 +182,14 @@ class Outcome:
         requests: each of them.
         servers: by name.
         events: that balancers were told, requests that came to servers, and runs.
+        moves: what was replanned.
     """
 
     seconds: float
     requests: Requests
     servers: Mapping[str, ServerFigures]
     events: int
+    moves: Moves = Moves()
 
     def figures(self, *, since_s: float = 0.0) -> dict[str, Figures]:
         """Of each model."""

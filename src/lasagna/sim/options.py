@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lasagna.policy.paging import Paging
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Calibration, Paging
+from lasagna.sim.calibration import Calibration
 from lasagna.sim.clock import NEVER
+from lasagna.sim.replacing import Replanning
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Options:
         calibrations: of servers, by name; the others take what the profiles say.
         noise: standard deviation of the logarithm of computing times' factors; 0 for none.
         paging: of servers, by name, where no budget is kept.
+        replanning: how other placements are looked for; None to keep the first one.
     """
 
     rule: str = "earliest"
@@ -36,6 +39,7 @@ class Options:
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     noise: float = 0.0
     paging: Mapping[str, Paging] = field(default_factory=dict)
+    replanning: Replanning | None = None
 
 
 @dataclass(frozen=True, slots=True)

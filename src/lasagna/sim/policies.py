@@ -5,19 +5,21 @@ docs/reference/scenario-file.md says what each of them is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Final, Literal
 
 from lasagna.errors import UsageError
 from lasagna.policy.balancer import RULES
 from lasagna.policy.baselines import LASAGNA, Policy, policy_named
-from lasagna.policy.cluster import Cluster
-from lasagna.policy.costs import SLICED, Forms
-from lasagna.policy.placed import Placement
+from lasagna.policy.cluster import Cluster, Part, sliced
+from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
+from lasagna.policy.media import media
+from lasagna.policy.paging import Paging
+from lasagna.policy.placed import PartCosts, Placement
 from lasagna.policy.spread import whole_models
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Paging
 from lasagna.sim.options import Options
 
 BESIDE_BYTES: Final = 14_000_000
@@ -31,13 +33,14 @@ class ClusterPolicy:
 
     Attributes:
         name: that people choose it by.
-        placed: ``plan``, by the planner; ``whole``, whole models on every server.
+        placed: ``plan``, by the planner; ``whole``, whole models on every server; ``media``, as
+            MEDIA would.
         rule: by which routes are chosen.
         local: what each server does.
     """
 
     name: str
-    placed: Literal["plan", "whole"] = "plan"
+    placed: Literal["plan", "whole", "media"] = "plan"
     rule: str = "earliest"
     local: Policy = LASAGNA
 
@@ -60,6 +63,9 @@ CLUSTER_POLICIES: Final[Mapping[str, ClusterPolicy]] = {
         "round-robin",
         policy_named("vanilla"),
     ),
+    "local-only": ClusterPolicy("local-only", "whole", "round-robin"),
+    "global-only": ClusterPolicy("global-only", local=policy_named("on-demand")),
+    "media": ClusterPolicy("media", "media", local=policy_named("vanilla")),
     **_rules(),
 }
 
@@ -98,26 +104,66 @@ def prepared(
         page_s: seconds of one page's eviction and load, where the kernel pages.
 
     Raises:
-        BudgetError: some model fits on no server whole.
+        BudgetError: some model fits on no server whole, or MEDIA has fewer servers than models.
     """
     settings = replace(options.settings, style=policy.local.style, in_order=policy.local.in_order)
     options = replace(options, rule=policy.rule, settings=settings)
+    if policy.placed != "plan":
+        options = replace(options, replanning=None)
+    placement = plan
     if policy.local.paged:
         paging = {
             server.name: Paging(server.machine.budget + BESIDE_BYTES, page_s)
             for server in cluster.servers
         }
         options = replace(options, paging=paging)
-        cluster = replace(
-            cluster,
-            servers=tuple(
-                replace(server, machine=replace(server.machine, budget=UNLIMITED))
-                for server in cluster.servers
-            ),
-            models={name: one_piece(forms) for name, forms in cluster.models.items()},
+        if policy.placed == "media":
+            cluster, placement = in_partitions(cluster, media(cluster, paging))
+        else:
+            models = {name: one_piece(forms) for name, forms in cluster.models.items()}
+            cluster = replace(cluster, models=models)
+        unlimited = (
+            replace(server, machine=replace(server.machine, budget=UNLIMITED))
+            for server in cluster.servers
         )
-    placement = plan if policy.placed == "plan" else whole_models(cluster)
+        cluster = replace(cluster, servers=tuple(unlimited))
+    if policy.placed == "whole":
+        placement = whole_models(cluster)
     return Prepared(cluster, placement, options)
+
+
+def in_partitions(cluster: Cluster, placement: Placement) -> tuple[Cluster, Placement]:
+    """The same with models whose slices are the placement's partitions, each run in one piece."""
+    models, parts = dict(cluster.models), dict[Part, PartCosts]()
+    for name in cluster.wanted:
+        costs = sliced(cluster.models[name])
+        mine = {part: one for part, one in placement.parts.items() if part.model == name}
+        cuts = sorted({end for part in mine for end in (part.first, part.last)})
+        models[name] = (joined(costs, cuts),)
+        numbers = {cut: number for number, cut in enumerate(cuts)}
+        for part, one in mine.items():
+            parts[Part(name, numbers[part.first], numbers[part.last], part.server)] = one
+    return replace(cluster, models=models), replace(placement, parts=dict(sorted(parts.items())))
+
+
+def joined(costs: ModelCosts, cuts: Sequence[int]) -> ModelCosts:
+    """A model with all slices between two of these cuts as one."""
+    slices = []
+    for first, last in pairwise(cuts):
+        own = costs.slices[first:last]
+        slices.append(
+            SliceCosts(
+                sum(one.weight_bytes for one in own),
+                tuple(map(sum, zip(*(one.compute_s for one in own), strict=True))),
+                tuple(map(max, zip(*(one.workspace_bytes for one in own), strict=True))),
+            )
+        )
+    return replace(
+        costs,
+        slices=tuple(slices),
+        cut_bytes=tuple(costs.cut_bytes[cut] for cut in cuts),
+        running_bytes=tuple(max(costs.running_bytes[a:b]) for a, b in pairwise(cuts)),
+    )
 
 
 def one_piece(forms: Forms) -> Forms:

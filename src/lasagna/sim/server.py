@@ -8,10 +8,12 @@ from typing import TypeAlias
 
 from lasagna.policy.cluster import Part, Server
 from lasagna.policy.costs import Forms
-from lasagna.policy.events import Arrived, Cancelled
+from lasagna.policy.events import Arrived, Cancelled, ModelAdded, ModelRemoved
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import Counters, End, VirtualEnclave
+from lasagna.sim.metrics import ServerFigures
+from lasagna.sim.network import Network
 
 
 class Flow:
@@ -98,6 +100,7 @@ class VirtualServer:
         self.alive = True
         self.told_s = 0.0
         self.enclave = make(self._ended, self._opened)
+        self._started = bool(models)
         if models:
             self.enclave.start(models, prepared=True)
 
@@ -107,6 +110,24 @@ class VirtualServer:
         now = self.enclave.counters
         names = [one.name for one in fields(Counters)]
         return Counters(*(getattr(self._before, n) + getattr(now, n) for n in names))
+
+    def figures(self, network: Network, seconds: float) -> ServerFigures:
+        """What it has done in so many seconds, over which links."""
+        span_s = max(seconds, 1e-12)
+        name, done = self.server.name, self.counters
+        up, down = network.up[name], network.down[name]
+        return ServerFigures(
+            utilisation=done.busy_s / span_s,
+            runs=done.runs,
+            tasks=done.tasks,
+            loads_per_task=done.loads / max(1, done.tasks),
+            loaded_bytes=done.loaded_bytes,
+            pages=done.pages,
+            in_bytes=down.bytes,
+            out_bytes=up.bytes,
+            in_share=down.busy_s / span_s,
+            out_share=up.busy_s / span_s,
+        )
 
     def arrive(self, flow: Flow, admission: bool) -> None:
         """A request's input is there; who is lost loses it.
@@ -133,6 +154,22 @@ class VirtualServer:
             )
         )
 
+    def add(self, key: str, forms: Forms) -> None:
+        """Another part is here; requests for it wait until its memory is arranged."""
+        self.models = {**self.models, key: forms}
+        if self._started:
+            self.enclave.tell(ModelAdded(self._clock.now_s, key, forms))
+        else:
+            self._started = True
+            self.enclave.start(self.models)
+
+    def forget(self, key: str) -> None:
+        """A part is not to be served here any more."""
+        if key in self.models:
+            self.models = {name: forms for name, forms in self.models.items() if name != key}
+            if self.alive and self._started:
+                self.enclave.tell(ModelRemoved(self._clock.now_s, key))
+
     def cancel(self, ticket: int) -> None:
         """A request that is here is served elsewhere."""
         if self._tickets.pop(ticket, None) is not None:
@@ -142,7 +179,7 @@ class VirtualServer:
         """The whole server is gone, with its scheduler and its requests."""
         self._before = self.counters
         self.losses += 1
-        self.alive = False
+        self.alive = self._started = False
         self._tickets.clear()
         self.enclave.stop()
         self.enclave = self._make(self._ended, self._opened)
@@ -158,8 +195,13 @@ class VirtualServer:
         self._clock.at(self._clock.now_s + pause_s, self._start, self.losses)
 
     def _start(self, losses: int) -> None:
-        if losses == self.losses:
+        if losses != self.losses:
+            return
+        self._started = bool(self.models)
+        if self._started:
             self.enclave.start(self.models)
+        else:
+            self._opened()
 
     def _opened(self) -> None:
         self._was_opened(self)

@@ -1,0 +1,307 @@
+"""How true the simulator is: real servers against simulated ones under the same load.
+
+Every server runs twice. The first run's journal says what this machine takes beside the models'
+profiles (``sim.calibrating``); the second is compared: a closed loop that keeps the server
+saturated, and Poisson arrivals at 70 % of what that gave. Latencies are the client's, so what the
+host adds is part of them. The EPC is emulated; for vanilla, what paging takes is in its computing
+times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from lasagna.bench.load import Infer, Outcome, play, poisson, rate_of, saturate, sequence
+from lasagna.bench.local import (
+    ANSWER_S,
+    BESIDE_BYTES,
+    BESIDE_EACH,
+    FEW,
+    OUTSTANDING,
+    SCENARIOS,
+    LocalModels,
+)
+from lasagna.bench.report import Bar, Result
+from lasagna.bench.served import Served
+from lasagna.errors import LasagnaError
+from lasagna.journal import Journal
+from lasagna.policy.baselines import POLICIES
+from lasagna.policy.events import Arrived
+from lasagna.server.lifecycle import HostConfig
+from lasagna.sim.calibrating import Calibrated, calibrated
+from lasagna.sim.calibration import noise
+from lasagna.sim.clock import Clock
+from lasagna.sim.enclave import End, VirtualEnclave
+from lasagna.sim.planner import Planner
+from lasagna.tee.emulated import choose_backend
+from lasagna.tee.epc import why_not
+from lasagna.tee.epc_profiles import profile
+from lasagna.units import Bytes
+
+WHAT: Final = ("alexnet", "resnet50", "inception_v2", "four small")
+QUICK: Final = ("alexnet",)
+LOAD: Final = 0.7
+SEEDS: Final = (11, 12)
+"""Of the calibrating run's requests, and of the compared one's."""
+LIMITS: Final = {"throughput": 0.08, "p50": 0.08, "p99": 0.15}
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of a run, real or simulated. Seconds."""
+
+    throughput: float
+    p50_s: float
+    p99_s: float
+
+    def errors(self, other: Figures) -> dict[str, float]:
+        """By how much another's differ, as shares of these."""
+        return {
+            "throughput": abs(other.throughput / self.throughput - 1),
+            "p50": abs(other.p50_s / self.p50_s - 1),
+            "p99": abs(other.p99_s / self.p99_s - 1),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A server under a load."""
+
+    title: str
+    load: str
+    real: Figures
+    simulated: Figures
+
+
+def run(*, quick: bool) -> Result:
+    """Run and simulate all of them."""
+    reason = why_not()
+    if reason is not None:
+        raise LasagnaError(f"no emulator here: {reason}")
+    rows = asyncio.run(_run(quick=quick))
+    samples: dict[str, list[float]] = {}
+    bars = []
+    for row in rows:
+        name = f"{row.title}, {row.load}"
+        samples[f"{name}: answers/s, real and simulated"] = [
+            row.real.throughput,
+            row.simulated.throughput,
+        ]
+        samples[f"{name}: p50 s"] = [row.real.p50_s, row.simulated.p50_s]
+        samples[f"{name}: p99 s"] = [row.real.p99_s, row.simulated.p99_s]
+        for what, error in row.real.errors(row.simulated).items():
+            bars.append(Bar(f"{name}: {what}", error, LIMITS[what], "", False))
+    return Result(
+        samples=samples,
+        bars=bars,
+        extra={"emulated": "the EPC: real page traffic, charges as published", "load": LOAD},
+        figure=_figure(rows),
+    )
+
+
+async def _run(*, quick: bool) -> list[Row]:
+    console = Console(stderr=True)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
+        folder, models = Path(made), LocalModels()
+        for scenario in QUICK if quick else WHAT:
+            for name in SCENARIOS[scenario]:
+                models.add(name, folder)
+            for threads in (2,) if quick else (1, 2):
+                for policy in POLICIES:
+                    title = f"{scenario}, {threads} thread{'s' * (threads > 1)}, {policy}"
+                    with console.status(f"{title} ..."):
+                        found = await _compare(scenario, threads, policy, models, folder, quick)
+                    rows += [replace(row, title=title) for row in found]
+    return rows
+
+
+async def _compare(
+    scenario: str, threads: int, policy: str, models: LocalModels, folder: Path, quick: bool
+) -> list[Row]:
+    mix = SCENARIOS[scenario]
+    seconds = 5.0 if quick else 10.0
+    outstanding = OUTSTANDING.get(policy, FEW)
+    journal = folder / "journal.jsonl"
+
+    async def once(seed: int, path: Path | None) -> _Real:
+        order = sequence(mix, 997, seed)
+        async with _served(mix, threads, policy, models, folder, path) as one:
+            ask = _asking(one)
+            for name in mix:
+                await one.infer(name, ANSWER_S)
+            closed = await saturate(ask, order, outstanding, seconds, at_least=4 * FEW)
+            rate = LOAD * closed.throughput
+            arrivals = poisson(mix, rate, max(2 * seconds, min(60.0, 200 / rate)), seed)
+            return _Real(order, closed, arrivals, await play(ask, arrivals))
+
+    await once(SEEDS[0], journal)
+    known = calibrated(journal)
+    real = await once(SEEDS[1], None)
+    closed = _closed(known, journal, real.order, outstanding, real.closed.answered)
+    opened = _opened(known, journal, real.arrivals)
+    return [
+        Row("", "saturated", _figures(real.closed), closed),
+        Row("", "at 70 %", _figures(real.opened), opened),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Real:
+    """A run of a real server: what was asked of it, and what became of that."""
+
+    order: Sequence[str]
+    closed: Outcome
+    arrivals: Sequence[tuple[float, str]]
+    opened: Outcome
+
+
+def _figures(one: Outcome) -> Figures:
+    return Figures(one.throughput, one.percentile_s(0.5), one.percentile_s(0.99))
+
+
+def _served(
+    mix: Mapping[str, float],
+    threads: int,
+    policy: str,
+    models: LocalModels,
+    folder: Path,
+    journal: Path | None,
+) -> Served:
+    costs = profile("sgx1-128").costs()
+    backend, reason = choose_backend(costs)
+    assert reason is None
+    sockets = folder / "sockets"
+    sockets.mkdir(mode=0o700, exist_ok=True)
+    config = HostConfig(
+        budget=Bytes(costs.epc_bytes - BESIDE_BYTES - BESIDE_EACH * len(mix)),
+        threads=threads,
+        policy=policy,
+        queue_limit=4096,
+        answer_timeout_s=ANSWER_S,
+        journal=journal,
+    )
+    return Served([models.sealed[name] for name in mix], config, backend, sockets)
+
+
+def _asking(one: Served) -> Infer:
+    async def infer(model: str) -> None:
+        await one.infer(model, ANSWER_S)
+
+    return infer
+
+
+class _Simulated:
+    """A calibrated server in virtual time, and when its requests were asked and answered."""
+
+    def __init__(self, known: Calibrated, journal: Path) -> None:
+        self.clock = Clock()
+        self.asked_s: dict[int, float] = {}
+        self.took_s: list[float] = []
+        self.ends_s: list[float] = []
+        rng = np.random.default_rng(SEEDS[0])
+        self.enclave = VirtualEnclave(
+            self.clock,
+            known.machine,
+            Journal(journal).header.settings,
+            Planner(),
+            self._ended,
+            calibration=known.calibration,
+            noise=noise(rng, known.noise) if known.noise else None,
+        )
+        self.enclave.start(known.models, prepared=True)
+
+    def ask(self, model: str) -> None:
+        number = len(self.asked_s) + 1
+        self.asked_s[number] = self.clock.now_s
+        self.enclave.tell(Arrived(self.clock.now_s, number, model))
+
+    def _ended(self, end: End) -> None:
+        self.took_s.append(self.clock.now_s - self.asked_s[end.request])
+        self.ends_s.append(self.clock.now_s)
+        self.answered()
+
+    def answered(self) -> None:
+        """A request has ended; must not ask at once."""
+
+
+class _Closed(_Simulated):
+    """Asks for another one for each that was answered."""
+
+    def __init__(self, known: Calibrated, journal: Path, order: Sequence[str]) -> None:
+        super().__init__(known, journal)
+        self._order = cycle(order)
+
+    def more(self, _: None) -> None:
+        """Ask for the next one."""
+        self.ask(next(self._order))
+
+    def answered(self) -> None:
+        self.clock.at(self.clock.now_s, self.more)
+
+
+def _closed(
+    known: Calibrated, journal: Path, order: Sequence[str], outstanding: int, answers: int
+) -> Figures:
+    one = _Closed(known, journal, order)
+    for _ in range(outstanding):
+        one.clock.at(0.0, one.more)
+    while len(one.ends_s) < outstanding + answers:
+        one.clock.run(until_s=one.clock.now_s + 1.0)
+    took = one.took_s[outstanding : outstanding + answers]
+    p50, p99 = np.quantile(took, (0.5, 0.99))
+    ends = one.ends_s[outstanding : outstanding + answers]
+    return Figures(rate_of(ends), float(p50), float(p99))
+
+
+def _opened(known: Calibrated, journal: Path, arrivals: Sequence[tuple[float, str]]) -> Figures:
+    one = _Simulated(known, journal)
+    for at_s, model in arrivals:
+        one.clock.at(1.0 + at_s, one.ask, model)
+    one.clock.run()
+    p50, p99 = np.quantile(one.took_s, (0.5, 0.99))
+    return Figures(len(one.took_s) / (one.ends_s[-1] - 1.0), float(p50), float(p99))
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, (what, unit) in zip(
+        figure.subplots(1, 3),
+        (("throughput", "answers/s"), ("p50_s", "s"), ("p99_s", "s")),
+        strict=True,
+    ):
+        for load, marker in (("saturated", "o"), ("at 70 %", "^")):
+            those = [row for row in rows if row.load == load]
+            axes.plot(
+                [getattr(row.real, what) for row in those],
+                [getattr(row.simulated, what) for row in those],
+                marker,
+                label=load,
+                alpha=0.7,
+            )
+        ends = [v for row in rows for v in (getattr(row.real, what), getattr(row.simulated, what))]
+        low, high = 0.8 * min(ends), 1.25 * max(ends)
+        limit = LIMITS[what.removesuffix("_s")]
+        axes.fill_between(
+            [low, high],
+            [low * (1 - limit), high * (1 - limit)],
+            [low * (1 + limit), high * (1 + limit)],
+            color="#2a6f97",
+            alpha=0.15,
+            label=f"within {100 * limit:.0f} %",
+        )
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        axes.set_xlabel(f"{what.removesuffix('_s')}, real server ({unit})")
+        axes.set_ylabel("simulated")
+        axes.legend()
+    return figure

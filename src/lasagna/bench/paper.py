@@ -1,0 +1,289 @@
+"""The paper's claim and beyond, simulated: clusters under load, Lasagna against every baseline.
+
+Everything here is simulated from the measured profiles of real models (``examples/costs``); pages
+that the kernel swaps are charged as published for ``sgx1-128``. Each cell is the same requests for
+each policy. *Capacity* is what the plan promises; load is a share of it.
+
+- **equal**: 4, 8 and 16 servers with ``sgx1-128``, each model alone, load from 10 to 120 %.
+- **unequal**: EPC of 64 to 512 MB, speed 0.5 to 2.
+- **links**: 1 to 1,000 Mbit/s, where carrying activations costs more than it gains.
+- **single**: a lone request on 4 servers, against MEDIA.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from lasagna.bench.report import Bar, Result
+from lasagna.cli.costs_file import read_costs
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster, Server, sliced
+from lasagna.policy.costs import Forms
+from lasagna.policy.flow import Objective
+from lasagna.policy.placed import Placement
+from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.stages import Machine
+from lasagna.sim.arrivals import poisson, requests
+from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.metrics import Figures
+from lasagna.sim.options import Options
+from lasagna.sim.planner import Planner
+from lasagna.sim.policies import BESIDE_BYTES, cluster_policy, prepared, roomy
+from lasagna.tee.epc_profiles import profile
+
+COSTS: Final = Path(__file__).resolve().parents[3] / "examples/costs"
+MODELS: Final = ("alexnet", "densenet121", "inception_v2", "minilm", "resnet50", "vgg19")
+QUICK_MODELS: Final = ("alexnet", "inception_v2")
+POLICIES: Final = (
+    "lasagna",
+    "local-only",
+    "global-only",
+    "whole-model",
+    "on-demand",
+    "vanilla",
+    "media",
+    "round-robin",
+    "random",
+    "least-outstanding",
+    "power-of-two",
+)
+LOADS: Final = (0.1, 0.5, 0.9, 1.2)
+SIZES: Final = (4, 8, 16)
+LINKS: Final = (1, 10, 100, 1000)
+MBIT: Final = 125_000.0
+REQUESTS: Final = 1500
+"""Of one cell, at most: enough for a mean within some percent."""
+SPAN_S: Final = 30.0
+WARM: Final = 0.3
+PLAN_S: Final = 5.0
+PAGED: Final = profile("sgx1-128").costs()
+SEED: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A cluster with a load, for one policy.
+
+    Attributes:
+        group: of the cases above.
+        title: of the cluster.
+        model: that is served.
+        servers: of the cluster.
+        load: as a share of capacity; 0 for a lone request.
+        policies: to compare.
+    """
+
+    group: str
+    title: str
+    model: str
+    servers: tuple[Server, ...]
+    load: float
+    policies: tuple[str, ...] = POLICIES
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What became of a case.
+
+    Attributes:
+        case: it.
+        capacity: requests a second that the plan promises.
+        exceeds: whether the model's working set exceeds one server's EPC.
+        figures: of each policy that can be run there.
+    """
+
+    case: Case
+    capacity: float
+    exceeds: bool
+    figures: dict[str, Figures]
+
+    def ratio(self, over: str, what: str = "throughput") -> float:
+        """Lasagna's throughput over another's, or another's mean latency over Lasagna's."""
+        own, other = self.figures["lasagna"], self.figures[over]
+        if what == "throughput":
+            return own.throughput / other.throughput if other.answered else float("inf")
+        return other.mean_s / own.mean_s
+
+
+def machine(epc_bytes: int, threads: int = 2) -> Machine:
+    """Of a server with so much EPC."""
+    return Machine(epc_bytes - BESIDE_BYTES, threads, threads, 3e9, 0.0003)
+
+
+def equal(count: int, link: float = 1000.0) -> tuple[Server, ...]:
+    """Servers of one kind."""
+    own = machine(PAGED.epc_bytes)
+    return tuple(Server(f"s{n}", own, bandwidth=link * MBIT) for n in range(count))
+
+
+def unequal(count: int) -> tuple[Server, ...]:
+    """EPC of 64 to 512 MB, speed 0.5 to 2, in turn."""
+    kinds = ((64, 1.0), (94, 2.0), (128, 0.5), (512, 1.0))
+    return tuple(
+        Server(f"s{n}", machine(kinds[n % 4][0] * 1_000_000), kinds[n % 4][1]) for n in range(count)
+    )
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """All of them, or a few."""
+    models = QUICK_MODELS if quick else MODELS
+    for model in models:
+        for count in SIZES[:1] if quick else SIZES:
+            for load in LOADS[1::2] if quick else LOADS:
+                yield Case("equal", f"{count} servers", model, equal(count), load)
+        for load in (0.7, 1.2):
+            yield Case("unequal", "8 unequal servers", model, unequal(8), load)
+        for link in LINKS:
+            few = ("lasagna", "whole-model", "on-demand")
+            yield Case("links", f"{link} Mbit/s", model, equal(4, link), 0.7, few)
+        for link in (10, 100):
+            pair = ("lasagna", "media")
+            yield Case("single", f"{link} Mbit/s", model, equal(4, link), 0.0, pair)
+            yield Case("media", f"{link} Mbit/s", model, equal(4, link), 1.2, pair)
+
+
+def measure(case: Case) -> Cell:
+    """Simulate a case, for each policy."""
+    _, forms = read_costs(COSTS / f"{case.model}.json")
+    cluster = Cluster(case.servers, {case.model: forms}, {case.model: 1.0})
+    objective: Objective = "throughput" if case.load else "latency"
+    if not case.load:
+        cluster = replace(cluster, demand={case.model: 0.01})
+    plan = plan_cluster(cluster, PlanOptions(objective, PLAN_S), clock=time.monotonic)
+    figures = {}
+    planner = Planner()
+    for name in case.policies:
+        try:
+            figures[name] = _simulate(case, cluster, plan, name, planner)
+        except BudgetError:
+            continue  # it can't serve this model with these servers
+    return Cell(case, plan.throughput, _exceeds(forms), figures)
+
+
+def _simulate(
+    case: Case, cluster: Cluster, plan: Placement, name: str, planner: Planner
+) -> Figures:
+    page_s = (PAGED.load_ns + PAGED.evict_ns) / 1e9
+    ready = prepared(cluster_policy(name), cluster, plan, Options(settings=roomy()), page_s)
+    rate = case.load * plan.throughput if case.load else 0.02
+    span_s = min(SPAN_S, REQUESTS / rate) if case.load else 20 / rate
+    rng = np.random.default_rng(SEED)
+    load = requests(rng, poisson(rng, rate), {case.model: 1.0}, until_s=span_s)
+    virtual = VirtualCluster(
+        ready.cluster, ready.placement, ready.options, seed=SEED, planner=planner
+    )
+    until_s = span_s if case.load > 1.0 else 10 * span_s
+    outcome = virtual.run(load, until_s=until_s)
+    return outcome.requests.figures(since_s=WARM * span_s)
+
+
+def _exceeds(forms: Forms) -> bool:
+    costs = sliced(forms)
+    size = costs.weight_bytes + costs.bytes_at(0, len(costs.slices), 1)
+    return size > PAGED.epc_bytes - 8_000_000
+
+
+def run(*, quick: bool) -> Result:
+    """Simulate all of them, on two cores."""
+    every = list(cases(quick=quick))
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        cells = list(track(pool.map(measure, every), total=len(every), description="simulating"))
+    return Result(
+        samples={
+            f"{cell.case.group}, {cell.case.title}, {cell.case.model}, load {cell.case.load:g}: "
+            f"{name}, {what}": [value]
+            for cell in cells
+            for name, figures in cell.figures.items()
+            for what, value in (
+                ("answers/s", figures.throughput),
+                ("mean s", figures.mean_s),
+                ("p99 s", figures.p99_s),
+            )
+        },
+        bars=_bars(cells),
+        extra={
+            "simulated": True,
+            "profiles": "examples/costs",
+            "paging": "as published for sgx1-128",
+            "capacity": {
+                f"{cell.case.title}, {cell.case.model}": cell.capacity
+                for cell in cells
+                if cell.case.group == "equal"
+            },
+        },
+        figure=_figure(cells),
+    )
+
+
+def _of(cells: Sequence[Cell], group: str, load: float | None = None) -> list[Cell]:
+    return [
+        cell
+        for cell in cells
+        if cell.case.group == group and (load is None or cell.case.load == load)
+    ]
+
+
+def _bars(cells: Sequence[Cell]) -> list[Bar]:
+    bars = []
+    full = _of(cells, "equal", LOADS[-1])
+    beyond = [cell.ratio("vanilla") for cell in full if cell.exceeds]
+    if beyond:
+        bars.append(Bar("models beyond the EPC: throughput over vanilla, least", min(beyond), 1.97))
+        median = float(np.median(beyond))
+        bars.append(Bar("models beyond the EPC: throughput over vanilla, median", median, 3.0))
+    bars.append(
+        Bar(
+            "all models: throughput over vanilla, least", min(c.ratio("vanilla") for c in full), 1.0
+        )
+    )
+    calm = [cell for cell in _of(cells, "equal") if cell.case.load < 1.0]
+    for over in ("vanilla", "whole-model", "on-demand"):
+        worst = min(cell.ratio(over, "latency") for cell in calm)
+        bars.append(Bar(f"all loads: mean latency of {over} over Lasagna's, least", worst, 1.0))
+    for group, what in (("unequal", "unequal servers"), ("links", "all links")):
+        chosen = _of(cells, group)
+        for over in ("whole-model", "on-demand"):
+            worst = min(
+                cell.ratio(over, "throughput" if cell.case.load > 1.0 else "latency")
+                for cell in chosen
+            )
+            bars.append(Bar(f"{what}: against {over}, least", worst, 1.0))
+    lone = [cell.ratio("media", "latency") for cell in _of(cells, "single")]
+    bars.append(Bar("a lone request: MEDIA's latency over Lasagna's, least", min(lone), 1.0))
+    much = [cell.ratio("media") for cell in _of(cells, "media") if "media" in cell.figures]
+    bars.append(Bar("throughput over MEDIA, least", min(much), 1.5))
+    return bars
+
+
+def _figure(cells: Sequence[Cell]) -> Figure:
+    full = _of(cells, "equal", LOADS[-1])
+    models = list(dict.fromkeys(cell.case.model for cell in full))
+    figure = Figure(figsize=(10, 3 * len(models) / 2 + 2), layout="constrained")
+    axes = figure.subplots(-(-len(models) // 2), 2, squeeze=False)
+    for model, axis in zip(models, axes.flat, strict=False):
+        sizes = [cell for cell in full if cell.case.model == model]
+        width = 0.8 / len(POLICIES)
+        for index, name in enumerate(POLICIES):
+            values = [
+                cell.figures[name].throughput / cell.capacity if name in cell.figures else 0.0
+                for cell in sizes
+            ]
+            places = [number + index * width for number in range(len(sizes))]
+            axis.bar(places, values, width, label=name)
+        axis.set_xticks([n + 0.4 for n in range(len(sizes))], [c.case.title for c in sizes])
+        axis.set_title(model)
+        axis.axhline(1.0, color="black", linewidth=0.5)
+    axes.flat[0].set_ylabel("answers/s over the plan's promise")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle("Simulated: what clusters answer at 120 % of the plan's load")
+    return figure

@@ -1,0 +1,198 @@
+"""What a machine takes beside the profiles, from the journal of a real run on it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import heapreplace
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+from lasagna.errors import UsageError
+from lasagna.journal import Journal
+from lasagna.policy.costs import Forms
+from lasagna.policy.events import Arrange, Arranged, ModelAdded, Plan, Planned, Ran, Run
+from lasagna.policy.plan import MemoryPlan
+from lasagna.policy.scheduler import Scheduler
+from lasagna.policy.stages import SLICE_S, Machine, sealing_s
+from lasagna.sim.calibration import Calibration
+from lasagna.sim.runs import reckon
+
+LOADED: Final = 1_000_000
+"""Bytes that a report of loading must have, to say how fast it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What was found.
+
+    Attributes:
+        machine: that the scheduler was made with.
+        models: that were served.
+        calibration: medians of what was measured over what the profiles say.
+        noise: standard deviation of the logarithm of runs' times over their reckoned ones.
+        runs: that it is from.
+    """
+
+    machine: Machine
+    models: Mapping[str, Forms]
+    calibration: Calibration
+    noise: float
+    runs: int
+
+
+@dataclass(slots=True)
+class _Done:
+    """One run that ended well."""
+
+    run: Run
+    rows: int
+    plan: MemoryPlan
+    sent_s: float
+    ran: Ran
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a journal shows."""
+
+    models: dict[str, Forms] = field(default_factory=dict)
+    done: list[_Done] = field(default_factory=list)
+    arranging_s: list[float] = field(default_factory=list)
+    planning_s: list[float] = field(default_factory=list)
+
+
+def calibrated(path: Path) -> Calibrated:
+    """Read a journal: how long runs computed, sealed, loaded, and what else they took.
+
+    Raises:
+        UsageError: it can't be read, or no run is in it.
+    """
+    journal = Journal(path)
+    machine = journal.header.machine
+    seen = _read(journal, Scheduler(machine, journal.header.settings))
+    if not seen.done:
+        raise UsageError(f"{path}: no run has ended, there is nothing to calibrate by")
+    batches, of_models = _compute_factors(seen.done, machine)
+    found = Calibration(
+        arrange_s=median(seen.arranging_s) if seen.arranging_s else 0.0,
+        plan_s=median(seen.planning_s) if seen.planning_s else 0.0,
+        load=_load_factor(seen.done, machine),
+        seal=_seal_factor(seen.done),
+        of_batches=batches,
+        of_models=of_models,
+    )
+    rests = _rests(seen.done, machine, found)
+    found = replace(found, entry_s=max(0.0, median(rest for rest, _ in rests)))
+    logarithms = [np.log(took / reckoned) for _, (took, reckoned) in rests if took > 0.0]
+    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done))
+
+
+def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
+    seen = _Seen()
+    sent: dict[int, tuple[Run, float]] = {}
+    arranging_s = planning_s = 0.0
+    for entry in journal:
+        event = entry.event
+        if isinstance(event, Ran) and event.run in sent:
+            run, sent_s = sent.pop(event.run)
+            plan = scheduler.plan
+            assert plan is not None
+            rows = sum(part.count for part in run.batch)
+            seen.done.append(_Done(run, rows, plan, sent_s, event))
+        elif isinstance(event, ModelAdded):
+            seen.models[event.model] = event.forms
+        elif isinstance(event, Arranged):
+            seen.arranging_s.append(event.at_s - arranging_s)
+        elif isinstance(event, Planned):
+            seen.planning_s.append(event.at_s - planning_s)
+        scheduler.handle(event)
+        for command in entry.commands:
+            if isinstance(command, Run):
+                sent[command.run] = command, event.at_s
+            elif isinstance(command, Arrange):
+                arranging_s = event.at_s
+            elif isinstance(command, Plan):
+                planning_s = event.at_s
+    return seen
+
+
+def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
+    return replace(machine, lanes=plan.lanes, width=plan.width)
+
+
+def _compute_factors(
+    done: Sequence[_Done], machine: Machine
+) -> tuple[dict[tuple[str, int, int], float], dict[str, float]]:
+    """Of each batch size at each stage, and of each model."""
+    batches: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    models: dict[str, list[float]] = defaultdict(list)
+    for one in done:
+        run, costs = one.run, one.plan.costs[one.run.model]
+        profiled = _shape(one.plan, machine).batch_s(
+            costs.compute_at(run.first, run.last, one.rows),
+            costs.compute_at(run.first, run.last, 1),
+        )
+        measured = one.ran.compute_s - SLICE_S * (run.last - run.first)
+        if profiled > 0.0 and measured > 0.0:
+            batches[run.model, run.first, one.rows].append(measured / profiled)
+            models[run.model].append(measured / profiled)
+    of_models = {name: median(found) for name, found in models.items()}
+    return {key: median(found) for key, found in batches.items()}, of_models
+
+
+def _load_factor(done: Sequence[_Done], machine: Machine) -> float:
+    found = [
+        one.ran.load_s * machine.load_rate / one.ran.load_bytes
+        for one in done
+        if one.ran.load_bytes > LOADED and one.ran.load_s > 0.0
+    ]
+    return median(found) if found else 1.0
+
+
+def _seal_factor(done: Sequence[_Done]) -> float:
+    found = []
+    for one in done:
+        costs = one.plan.costs[one.run.model]
+        profiled = sealing_s(costs, one.run.first, one.run.last, one.rows)
+        if profiled > 0.0 and one.ran.seal_s > 0.0:
+            found.append(one.ran.seal_s / profiled)
+    return median(found) if found else 1.0
+
+
+def _rests(
+    done: Sequence[_Done], machine: Machine, found: Calibration
+) -> list[tuple[float, tuple[float, float]]]:
+    """Of each run, seconds that are not reckoned; and what it took, and what was reckoned.
+
+    A run takes the lane that is free first, and begins then, or when it was sent.
+    """
+    rests = []
+    plan: MemoryPlan | None = None
+    free_s = [0.0]
+    for one in done:
+        if plan is None or one.plan.lanes != plan.lanes:
+            free_s = [0.0] * one.plan.lanes
+        plan = one.plan
+        begin_s = max(free_s[0], one.sent_s)
+        took_s = one.ran.at_s - begin_s
+        heapreplace(free_s, one.ran.at_s)
+        shape = replace(
+            _shape(plan, machine), entry_s=0.0, load_rate=machine.load_rate / found.load
+        )
+        factor = found.compute_factor(one.run.model, one.run.first, one.rows)
+        takes = reckon(plan, shape, one.run, one.rows, factor, found.seal)
+        rests.append((took_s - takes.total_s, (took_s, takes.total_s)))
+    return rests
+
+
+def _spread(logarithms: Sequence[float]) -> float:
+    """A standard deviation that single stalls don't decide: from the middle half."""
+    if len(logarithms) < 4:
+        return 0.0
+    low, high = np.quantile(logarithms, (0.25, 0.75))
+    return float((high - low) / 1.349)

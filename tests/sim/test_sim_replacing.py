@@ -1,0 +1,122 @@
+"""Promise: when servers change, models move to others while requests go on; or nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.sim.cases import MB, cluster, load, model, placed, servers
+
+from lasagna.policy.balancer_events import Ended, Replaced
+from lasagna.policy.cluster import Part
+from lasagna.policy.placement import PlanOptions
+from lasagna.policy.state import Settings
+from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.metrics import Outcome
+from lasagna.sim.options import Options, ServerDies, ServerSlows, Trouble
+from lasagna.sim.planner import Planner
+from lasagna.sim.replacing import Replanning
+
+PLANNER = Planner()
+MODELS = {"a": model(4, 0.01), "b": model(6, 0.03, weight=5 * MB)}
+THREE = cluster(servers(3), MODELS, rate=10.0)
+APART = placed(THREE, [Part("a", 0, 4, "s0"), Part("b", 0, 6, "s1")])
+HOW = Replanning(after_s=0.5, options=PlanOptions(time_limit_s=1.0))
+OPTIONS = Options(settings=Settings(queue_rows=100_000), detect_s=0.2, replanning=HOW)
+
+
+def simulated(
+    troubles: Sequence[Trouble], options: Options = OPTIONS, seed: int = 1, **facts: Any
+) -> tuple[VirtualCluster, Outcome]:
+    run = VirtualCluster(THREE, APART, options, planner=PLANNER, **facts)
+    return run, run.run(load(seed, 20.0, 12.0, "a", "b"), troubles)
+
+
+def test_what_a_lost_server_had_is_served_by_another() -> None:
+    """Without another placement all requests for its model are rejected from then on."""
+    lost = [ServerDies(2.0, "s0")]
+    _, before = simulated(lost, replace(OPTIONS, replanning=None))
+    run, after = simulated(lost)
+    assert before.figures()["a"].refused > 80
+    assert after.figures()["a"].refused < 20
+    assert after.figures()["b"].answered == before.figures()["b"].answered
+    assert after.moves.applied == 1
+    assert after.moves.moved_bytes >= MODELS["a"].weight_bytes
+    placement = run.balancers[0].placement
+    assert {part.server for part in placement.parts} <= {"s1", "s2"}
+    assert {part.model for part in placement.parts} == {"a", "b"}
+
+
+def test_a_server_that_returns_is_used_again() -> None:
+    """It comes back with nothing, and gets parts if that is worth it."""
+    troubles = [ServerDies(1.0, "s0", 3.0), ServerDies(1.5, "s2"), ServerDies(6.0, "s1")]
+    run, outcome = simulated(troubles)
+    assert {part.server for part in run.balancers[0].placement.parts} == {"s0"}
+    assert outcome.requests.figures().unfinished == 0
+    assert outcome.moves.applied >= 2
+
+
+def test_a_server_that_slows_down_is_planned_for_anew() -> None:
+    """Its rate in the plan follows what its reports say."""
+    run, outcome = simulated([ServerSlows(1.0, "s1", 4.0)])
+    assert outcome.moves.looked >= 1
+    assert outcome.requests.figures().answered == outcome.requests.figures().count
+    assert "s2" in {part.server for part in run.balancers[0].placement.parts}
+
+
+def test_without_a_change_nothing_is_looked_for() -> None:
+    _, outcome = simulated([])
+    assert outcome.moves.looked == 0
+    assert outcome.moves.moved_bytes == 0
+
+
+def test_requests_go_on_while_parts_move() -> None:
+    """From the first step to the last there is no second in which nothing is answered."""
+    steps: list[float] = []
+    ends: list[float] = []
+
+    def hear(_: str, event: object, __: Sequence[object]) -> None:
+        if isinstance(event, Replaced):
+            steps.append(event.at_s)
+        elif isinstance(event, Ended):
+            ends.append(event.at_s)
+
+    simulated([ServerDies(2.0, "s0")], heard=hear)
+    assert len(steps) >= 2
+    during = [end for end in ends if steps[0] <= end <= steps[-1] + 1.0]
+    gaps = [b - a for a, b in zip([steps[0], *during], [*during, steps[-1] + 1.0], strict=True)]
+    assert max(gaps) < 1.0
+
+
+def test_the_same_seed_gives_the_same_placements() -> None:
+    found = []
+    for _ in range(2):
+        run, outcome = simulated([ServerDies(2.0, "s0", 4.0), ServerSlows(1.0, "s1", 3.0)])
+        latencies = outcome.requests.latencies_s().tolist()
+        found.append((run.balancers[0].placement.parts, outcome.moves, latencies))
+    assert found[0] == found[1]
+
+
+changes = st.one_of(
+    st.builds(
+        ServerDies,
+        st.floats(0.5, 8.0),
+        st.sampled_from(["s0", "s1", "s2"]),
+        st.one_of(st.floats(0.1, 3.0), st.just(float("inf"))),
+    ),
+    st.builds(ServerSlows, st.floats(0.5, 8.0), st.just("s1"), st.floats(0.5, 8.0)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.lists(changes, max_size=3))
+def test_every_request_ends_once_whatever_changes(seed: int, troubles: list[Trouble]) -> None:
+    _, outcome = simulated(troubles, seed=seed)
+    figures = outcome.requests.figures()
+    assert figures.count == len(load(seed, 20.0, 12.0, "a", "b"))
+    assert figures.unfinished == 0
