@@ -163,7 +163,7 @@ def measure(case: Case) -> Cell:
         most = plan_cluster(cluster, PlanOptions("throughput", PLAN_S), clock=time.monotonic)
         rate = case.load * most.throughput if case.load else LONE_RATE
         plan = most
-        if case.load < 1.0:  # what can be served is to be served fast
+        if not case.load:
             cluster = replace(cluster, demand={case.model: rate})
             plan = plan_cluster(cluster, PlanOptions("latency", PLAN_S), clock=time.monotonic)
     planner = Planner()
@@ -180,6 +180,11 @@ def _simulate(
 ) -> Figures:
     page_s = (PAGED.load_ns + PAGED.evict_ns) / 1e9
     ready = prepared(cluster_policy(name), cluster, plan, Options(settings=roomy()), page_s)
+    if not case.load:  # one request at a time: all threads compute it, whatever the policy
+        settings = ready.options.settings
+        style = replace(settings.style, apart=False)
+        settings = replace(settings, style=style)
+        ready = replace(ready, options=replace(ready.options, settings=settings))
     span_s = min(SPAN_S, REQUESTS / rate) if case.load else 20 / rate
     rng = np.random.default_rng(SEED)
     load = requests(rng, poisson(rng, rate), {case.model: 1.0}, until_s=span_s)

@@ -75,7 +75,7 @@ class Arranger:
             style: what plans may make use of.
         """
         self.present: MemoryPlan | None = None
-        self._every = machine.shapes() if style.together else (machine,)
+        self._every = style.shapes(machine)
         self.shapes = self._every
         self._style = style
         self._enclave = Enclave.ABSENT

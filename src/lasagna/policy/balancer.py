@@ -165,6 +165,7 @@ class Balancer:
         self._asked: dict[int, Asked] = {}
         self._placement = placement
         self._shares: dict[Part, _Share] = {}
+        self._busy: dict[str, float] = {}
         self._take(placement)
 
     @property
@@ -213,6 +214,11 @@ class Balancer:
     def _take(self, placement: Placement) -> None:
         self._placement = placement
         alive = [part for part in placement.parts if self.servers[part.server].alive]
+        self._busy = dict.fromkeys(
+            self.servers, 0.0
+        )  # by the plan: what is left is all parts' alike
+        for part, costs in placement.parts.items():
+            self._busy[part.server] += costs.rate * costs.work_s
         self._networks = {}
         for model, parts in connected(alive, self._slices).items():
             network = self._networks[model] = _Network(self._slices[model])
@@ -244,7 +250,8 @@ class Balancer:
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
             if costs.rate > 0.0:
                 share = self._shares.setdefault(part, _Share())
-                rate = costs.rate / belief.factor / self._balancers
+                busy = min(1.0, self._busy[part.server])
+                rate = costs.rate / busy / belief.factor / self._balancers
                 share.use(event.at_s, rate, event.rows)
 
     def _times(self, event: Asked, route: tuple[Part, ...]) -> tuple[list[float], float]:

@@ -130,19 +130,27 @@ class _Built:
         """What so many servers and their links have time for."""
         none = -float("inf")
         if self.objective == "latency":
-            self._wait(used, servers)
+            width = server.bandwidth
+            self._wait([(v, c.work_s) for v, c in used], servers)
+            self._wait([(v, c.in_bytes / width) for v, c in used], servers)
+            self._wait([(v, c.out_bytes / width) for v, c in used], servers)
         self.program.row([(v, c.work_s) for v, c in used], none, self.share * servers)
         whole = self.share * servers * server.bandwidth
         self.program.row([(v, float(c.in_bytes)) for v, c in used], none, whole)
         self.program.row([(v, float(c.out_bytes)) for v, c in used], none, whole)
 
-    def _wait(self, used: Sequence[tuple[int, Column]], servers: int) -> None:
-        """What waiting adds: the M/D/1 queue's length, from below by some of its tangents."""
+    def _wait(self, used: Sequence[tuple[int, float]], servers: int) -> None:
+        """What waiting adds: the M/D/1 queue's length, from below by some of its tangents.
+
+        Args:
+            used: rates, and seconds that a request keeps the server or its link busy.
+            servers: that share the requests.
+        """
         waiting = self.program.variable(-1.0 / self._total)
         for at in _TANGENTS:
             slope = at * (2 - at) / (2 * (1 - at) ** 2)
             height = at * at / (2 * (1 - at)) - slope * at
-            line = [(v, slope * c.work_s) for v, c in used]
+            line = [(v, slope * seconds) for v, seconds in used]
             self.program.row([*line, (waiting, -1.0)], -float("inf"), -height * servers)
 
 

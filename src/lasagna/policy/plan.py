@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lasagna.policy.costs import ModelCosts
-from lasagna.policy.stages import Stage
+from lasagna.policy.stages import Machine, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class Style:
         pin: keep weights where there is room; otherwise stream all of them.
         whole: run models whole where they fit.
         together: let all threads compute one batch where that is better.
+        apart: let threads have a batch each where that is better, which is no good for lone
+            requests.
     """
 
     staged: bool = True
@@ -86,6 +88,14 @@ class Style:
     pin: bool = True
     whole: bool = True
     together: bool = True
+    apart: bool = True
+
+    def shapes(self, machine: Machine) -> tuple[Machine, ...]:
+        """In which a machine's threads may share the work, the given one first."""
+        every = machine.shapes()
+        if not self.apart:
+            return every[-1:]
+        return every if self.together else every[:1]
 
 
 def mean_s(plan: MemoryPlan, demand: Mapping[str, float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster, Part, sliced
+from lasagna.policy.cluster import Cluster, Part, Server, sliced
 from lasagna.policy.columns import Column
 from lasagna.policy.flow import Flows, Objective, latency_of
 from lasagna.policy.placed import Bound, PartCosts, Placement, connected
@@ -24,7 +24,7 @@ def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:
         for way in ("in", "out"):
             sizes = sum(r * (c.in_bytes if way == "in" else c.out_bytes) for c, r in here)
             busy[f"{server.name}'s link, {way}"] = sizes / server.bandwidth
-        waits[number] = _wait_s(here, load)
+        waits[number] = _waits_s(here, server, load)
         for column, rate in here:
             part = Part(column.model, column.first, column.last, server.name)
             parts[part] = PartCosts(
@@ -66,11 +66,26 @@ def ceiling_of(cluster: Cluster) -> Bound:
     return Bound(capacity / work_s, "all processors compute, and nothing else")
 
 
-def _wait_s(here: Sequence[tuple[Column, float]], load: float) -> float:
-    """Mean seconds before a request's turn: a single queue of runs of equal length (M/D/1)."""
-    busy = min(0.99, load * sum(rate * column.work_s for column, rate in here))
-    total = sum(rate for _, rate in here)
-    mean_s = sum(rate * column.through_s for column, rate in here) / total if total else 0.0
+def _waits_s(here: Sequence[tuple[Column, float]], server: Server, load: float) -> float:
+    """Mean seconds before a request's turn at the server, and at its link in both directions."""
+    width = server.bandwidth
+    return (
+        _wait_s([(rate, c.work_s, c.through_s) for c, rate in here], load)
+        + _wait_s([(rate, c.in_bytes / width, c.in_bytes / width) for c, rate in here], load)
+        + _wait_s([(rate, c.out_bytes / width, c.out_bytes / width) for c, rate in here], load)
+    )
+
+
+def _wait_s(here: Sequence[tuple[float, float, float]], load: float) -> float:
+    """Mean seconds before a request's turn: a single queue of runs of equal length (M/D/1).
+
+    Args:
+        here: rates, seconds that a request keeps it busy, and seconds that it takes there.
+        load: share of the rates that comes.
+    """
+    busy = min(0.99, load * sum(rate * work_s for rate, work_s, _ in here))
+    total = sum(rate for rate, *_ in here)
+    mean_s = sum(rate * takes_s for rate, _, takes_s in here) / total if total else 0.0
     return busy / (2 * (1 - busy)) * mean_s
 
 

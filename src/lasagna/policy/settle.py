@@ -35,6 +35,7 @@ class Divisions:
     cluster: Cluster
     clock: Callable[[], float]
     until_s: float
+    style: Style = field(default_factory=Style)
     _known: dict[tuple[object, ...], MemoryPlan] = field(default_factory=dict)
 
     def of(self, server: Server, rates: Mapping[Part, float]) -> MemoryPlan | None:
@@ -59,7 +60,7 @@ class Divisions:
                 )
                 for part in sorted(rates)
             }
-            found = divide_best(models, demand, server.machine.shapes(), Style())
+            found = divide_best(models, demand, self.style.shapes(server.machine), self.style)
             self._known[key] = found
         return found
 
@@ -81,7 +82,8 @@ def settled(
         clock: seconds of a steady clock.
         until_s: when to end; then the placement may be as it was.
     """
-    divisions = Divisions(cluster, clock, until_s)
+    style = Style(apart=objective != "latency")
+    divisions = Divisions(cluster, clock, until_s, style)
     found: list[tuple[float, Placement]] = []
     for one in (_whole(cluster), placement):
         better = None if one is None else reckoned(cluster, one, objective, divisions)

@@ -27,6 +27,9 @@ from lasagna.sim.server import VirtualServer
 LOOK_S: Final = 0.1
 """Between two looks at whether a part has been left by its last request."""
 
+PIECE_BYTES: Final = 1 << 20
+"""Of weights that are carried at once: a request's bytes wait for one of them at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replanning:
@@ -163,13 +166,22 @@ class Replacing:
         if not server.alive:
             self._done(None)
         elif step.add:
-            size = sum(self._missing(step.part))
-            self.moved_bytes += size
-            self._network.send(size, None, step.part.server, self._carried, server.losses)
+            self._carry((sum(self._missing(step.part)), server.losses))
         else:
             parts = {p: costs for p, costs in self.placement.parts.items() if p != step.part}
             self._put(parts)
             self._give_up(None)
+
+    def _carry(self, facts: tuple[int, int]) -> None:
+        """Carry what is left of a part's weights, a piece at a time: requests go between."""
+        left, losses = facts
+        server = self._steps[0].part.server
+        if left <= 0 or not self._servers[server].alive:
+            self._carried(losses)
+            return
+        size = min(left, PIECE_BYTES)
+        self.moved_bytes += size
+        self._network.send(size, None, server, self._carry, (left - size, losses))
 
     def _carried(self, losses: int) -> None:
         part = self._steps[0].part
