@@ -97,6 +97,20 @@ def test_flows_become_those_of_the_plan_before_a_server_is_missed_by_another_mod
     assert sent["b"] <= 0.15 * sent["a"]
 
 
+def test_a_part_may_use_what_its_server_has_free_and_each_balancer_its_share() -> None:
+    """Planned for half of its time, a server takes twice the rate; of four balancers, a quarter."""
+    part = Part("m", 0, 4, "a")
+    rate = 0.5 / WHOLE.work_s
+    for balancers in (1, 4):
+        balancer = Balancer(
+            cluster(server("a")),
+            placement({part: replace(WHOLE, rate=rate)}),
+            balancers=balancers,
+        )
+        routed(balancer, 1)
+        assert balancer.held_s(part, 0.0) == pytest.approx(balancers * 0.5 / rate)
+
+
 def test_a_report_sets_right_what_was_believed() -> None:
     """Others' requests are known by a report only, and what was sent since comes on top."""
     balancer = two_wholes()
