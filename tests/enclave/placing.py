@@ -7,7 +7,6 @@ from typing import Any, cast
 from lasagna.enclave import messages as m
 from lasagna.enclave.arrangement import Arrangement, Sessions, arrange
 from lasagna.enclave.model import LoadedModel
-from lasagna.enclave.pool import Area
 from lasagna.enclave.sessions import native_block
 from lasagna.enclave.spans import Recorder
 from lasagna.package.forms import Form, choose_variant
@@ -64,7 +63,6 @@ def placed(loaded: LoadedModel, command: m.Arrange, budget: int) -> Arrangement:
         {loaded.digest: loaded},
         Sessions(),
         Recorder(),
-        area=Area(budget),
         budget=budget,
         threads=command.lanes,
     )

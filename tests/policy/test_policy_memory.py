@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tests.policy.machine import MB, linear
 
 from lasagna.errors import BudgetError
+from lasagna.policy import memory
 from lasagna.policy.costs import Forms, ModelCosts
 from lasagna.policy.memory import divide
+from lasagna.policy.plan import mean_s
 from lasagna.policy.stages import Machine, waiting_rows
 from lasagna.units import whole_pages
 
@@ -59,6 +61,8 @@ def test_a_division_fits_or_is_refused(
         assert all(1 <= stage.rows <= costs.max_rows for stage in stages)
         held = [costs.bytes_at(stage.first, stage.last, stage.rows) for stage in stages]
         assert lanes * max(held) <= plan.running_bytes
+        assert plan.frame_slots
+        assert costs.cut_bytes[0] * stages[0].rows < plan.frame_bytes
         for number, one in enumerate(costs.slices):
             if number in plan.pinned[name]:
                 pinned += whole_pages(one.weight_bytes)
@@ -70,6 +74,22 @@ def test_a_division_fits_or_is_refused(
     assert pinned == plan.pinned_bytes
     assert streamed <= plan.slot_bytes
     assert bool(plan.ring_bytes) == bool(streamed)
+
+
+def test_memory_at_cuts_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold models must not take, for rows that wait, what lets a hot one run in batches."""
+    costs = linear(
+        [MB, MB, *[8 * MB] * 6],
+        [600_000, 10 * MB, *[800_000] * 6],
+        [0.002, 0.004, *[0.001] * 6],
+    )
+    models = dict.fromkeys("abcdefg", costs)
+    demand = dict.fromkeys(models, 1.0) | {"a": 14.0}
+    one_core = Machine(50 * MB, 1, 1, 3.4e9, 0.0002)
+    priced = divide(forms(models), demand, one_core)
+    monkeypatch.setattr(memory, "PRICED_ROWS", ())
+    plain = divide(forms(models), demand, one_core)
+    assert mean_s(priced, demand) < 0.9 * mean_s(plain, demand)
 
 
 def test_what_fits_is_pinned_and_runs_in_one_stage() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -21,36 +21,33 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lasagna.bench.load import Infer, Outcome, play, poisson, rate_of, saturate, sequence
+from lasagna.bench.load import Outcome, play, poisson, rate_of, saturate, sequence
 from lasagna.bench.local import (
     ANSWER_S,
-    BESIDE_BYTES,
-    BESIDE_EACH,
     FEW,
     OUTSTANDING,
     SCENARIOS,
     LocalModels,
+    asking,
+    serve,
 )
 from lasagna.bench.report import Bar, Result
-from lasagna.bench.served import Served
 from lasagna.errors import LasagnaError
 from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
 from lasagna.policy.events import Arrived
-from lasagna.server.lifecycle import HostConfig
 from lasagna.sim.calibrating import Calibrated, calibrated
 from lasagna.sim.calibration import noise
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import End, VirtualEnclave
 from lasagna.sim.planner import Planner
-from lasagna.tee.emulated import choose_backend
 from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import profile
-from lasagna.units import Bytes
 
 WHAT: Final = ("alexnet", "resnet50", "inception_v2", "four small")
 QUICK: Final = ("alexnet",)
 LOAD: Final = 0.7
+EPC: Final = profile("sgx1-128")
 SEEDS: Final = (11, 12)
 """Of the calibrating run's requests, and of the compared one's."""
 LIMITS: Final = {"throughput": 0.08, "p50": 0.08, "p99": 0.15}
@@ -136,8 +133,8 @@ async def _compare(
 
     async def once(seed: int, path: Path | None) -> _Real:
         order = sequence(mix, 997, seed)
-        async with _served(mix, threads, policy, models, folder, path) as one:
-            ask = _asking(one)
+        async with serve(policy, mix, threads, EPC, models, folder, path) as one:
+            ask = asking(one)
             for name in mix:
                 await one.infer(name, ANSWER_S)
             closed = await saturate(ask, order, outstanding, seconds, at_least=4 * FEW)
@@ -168,37 +165,6 @@ class _Real:
 
 def _figures(one: Outcome) -> Figures:
     return Figures(one.throughput, one.percentile_s(0.5), one.percentile_s(0.99))
-
-
-def _served(
-    mix: Mapping[str, float],
-    threads: int,
-    policy: str,
-    models: LocalModels,
-    folder: Path,
-    journal: Path | None,
-) -> Served:
-    costs = profile("sgx1-128").costs()
-    backend, reason = choose_backend(costs)
-    assert reason is None
-    sockets = folder / "sockets"
-    sockets.mkdir(mode=0o700, exist_ok=True)
-    config = HostConfig(
-        budget=Bytes(costs.epc_bytes - BESIDE_BYTES - BESIDE_EACH * len(mix)),
-        threads=threads,
-        policy=policy,
-        queue_limit=4096,
-        answer_timeout_s=ANSWER_S,
-        journal=journal,
-    )
-    return Served([models.sealed[name] for name in mix], config, backend, sockets)
-
-
-def _asking(one: Served) -> Infer:
-    async def infer(model: str) -> None:
-        await one.infer(model, ANSWER_S)
-
-    return infer
 
 
 class _Simulated:

@@ -198,7 +198,7 @@ async def _scenario(
     async with AsyncExitStack() as stack:
         served = {
             policy: await stack.enter_async_context(
-                await _start(policy, mix, threads, epc, models, folder)
+                serve(policy, mix, threads, epc, models, folder)
             )
             for policy in POLICIES
         }
@@ -218,7 +218,7 @@ async def _scenario(
         arrivals = poisson(mix, row.rate, min(10.0 if quick else OPEN_S, 100 / row.rate), SEED)
         for policy, one in served.items():
             _charge(one, epc, "typical")
-            row.open_loops[policy] = _summary(row, await play(_asking(one), arrivals))
+            row.open_loops[policy] = _summary(row, await play(asking(one), arrivals))
     return row
 
 
@@ -232,14 +232,16 @@ def _ends(policy: str, *, first: bool, last: bool) -> tuple[End, ...]:
     return _ENDS if last else _ENDS[:2]
 
 
-async def _start(
+def serve(
     policy: str,
     mix: Mapping[str, float],
     threads: int,
     epc: Profile,
     models: LocalModels,
     folder: Path,
+    journal: Path | None = None,
 ) -> Served:
+    """A server of these models, not started yet, whose plan leaves room for what is beside it."""
     costs = epc.costs()
     backend, reason = choose_backend(costs)
     assert reason is None
@@ -251,6 +253,7 @@ async def _start(
         policy=policy,
         queue_limit=4096,
         answer_timeout_s=ANSWER_S,
+        journal=journal,
     )
     return Served([models.sealed[name] for name in mix], config, backend, sockets)
 
@@ -275,7 +278,7 @@ async def _turn(
     assert file is not None
     before, faults = (await model.statistics(ANSWER_S)).counters, file.read().faults
     outcome = await saturate(
-        _asking(one), order, OUTSTANDING.get(policy, FEW), seconds, at_least=FEW
+        asking(one), order, OUTSTANDING.get(policy, FEW), seconds, at_least=FEW
     )
     told = await model.statistics(ANSWER_S)
     row.throughputs.setdefault(f"{policy} {end}", []).append(outcome.throughput)
@@ -329,7 +332,9 @@ def _charge(one: Served, epc: Profile, end: End) -> None:
     file.set_charges(epc.costs(end))
 
 
-def _asking(one: Served) -> Infer:
+def asking(one: Served) -> Infer:
+    """What loads call."""
+
     async def infer(model: str) -> None:
         await one.infer(model, ANSWER_S)
 

@@ -30,6 +30,7 @@ from lasagna.cli.plan import silent_library
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Server, sliced
 from lasagna.policy.costs import Forms
+from lasagna.policy.paging import HOT_BYTES
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
 from lasagna.policy.stages import Machine
@@ -179,12 +180,8 @@ def _simulate(
     case: Case, rate: float, cluster: Cluster, plan: Placement, name: str, planner: Planner
 ) -> Figures:
     page_s = (PAGED.load_ns + PAGED.evict_ns) / 1e9
-    ready = prepared(cluster_policy(name), cluster, plan, Options(settings=roomy()), page_s)
-    if not case.load:  # one request at a time: all threads compute it, whatever the policy
-        settings = ready.options.settings
-        style = replace(settings.style, apart=False)
-        settings = replace(settings, style=style)
-        ready = replace(ready, options=replace(ready.options, settings=settings))
+    options = Options(settings=roomy("throughput" if case.load else "latency"))
+    ready = prepared(cluster_policy(name), cluster, plan, options, page_s)
     span_s = min(SPAN_S, REQUESTS / rate) if case.load else 20 / rate
     rng = np.random.default_rng(SEED)
     load = requests(rng, poisson(rng, rate), {case.model: 1.0}, until_s=span_s)
@@ -200,7 +197,7 @@ def _simulate(
 def _exceeds(forms: Forms) -> bool:
     costs = sliced(forms)
     size = costs.weight_bytes + costs.bytes_at(0, len(costs.slices), 1)
-    return size > PAGED.epc_bytes - 8_000_000
+    return size > PAGED.epc_bytes - HOT_BYTES
 
 
 def run(*, quick: bool) -> Result:

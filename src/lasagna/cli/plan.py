@@ -26,6 +26,7 @@ from lasagna.errors import UsageError
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
+from lasagna.policy.plan import Style
 from lasagna.units import format_bytes
 
 Objective = Literal["throughput", "latency"]
@@ -73,7 +74,10 @@ def plan(
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("memory of each server", total=len(cluster.servers))
         lanes = lanes_of(
-            cluster, placement, lambda done, total: bar.update(task, completed=done, total=total)
+            cluster,
+            placement,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            style=Style(apart=wanted != "latency"),  # as ``policy.settle`` has reckoned
         )
     written = []
     report = msgspec.json.format(msgspec.json.encode(report_of(cluster, placement, lanes)))

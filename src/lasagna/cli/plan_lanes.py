@@ -77,7 +77,11 @@ class Lane:
 
 
 def lanes_of(
-    cluster: Cluster, placement: Placement, progress: Progress = lambda done, total: None
+    cluster: Cluster,
+    placement: Placement,
+    progress: Progress = lambda done, total: None,
+    *,
+    style: Style | None = None,
 ) -> list[Lane]:
     """All servers, in the cluster's order. Takes up to seconds for a large model.
 
@@ -91,20 +95,22 @@ def lanes_of(
         rates = {part.key: costs.rate for part, costs in parts.items()}
         key = (server.machine, server.speed, tuple(rates.items()))
         if parts and key not in known:
-            known[key] = _plan(cluster, server, parts)
+            known[key] = _plan(cluster, server, parts, style or Style())
         found.append(_lane(cluster, server, parts, known.get(key)))
         progress(len(found), len(cluster.servers))
     return found
 
 
-def _plan(cluster: Cluster, server: Server, parts: Mapping[Part, PartCosts]) -> MemoryPlan:
+def _plan(
+    cluster: Cluster, server: Server, parts: Mapping[Part, PartCosts], style: Style
+) -> MemoryPlan:
     forms = {
         part.key: part_of(cluster.models[part.model], part.first, part.last, server.speed)
         for part in parts
     }
     rates = {part.key: costs.rate for part, costs in parts.items()}
     try:
-        return divide_best(forms, rates, server.machine.shapes(), Style())
+        return divide_best(forms, rates, style.shapes(server.machine), style)
     except BudgetError as error:
         raise BudgetError(f"server {server.name!r}: {error}") from None
 

@@ -85,7 +85,7 @@ def _outcomes(scenario: Scenario, plan: Placement, bar: Progress) -> dict[str, O
     settings = scenario.settings
     options = Options(
         balancers=settings.balancers,
-        settings=roomy(),
+        settings=roomy(scenario.plan.objective),
         admission=settings.admission,
         report_s=settings.report_ms / 1000,
         detect_s=settings.detect_ms / 1000,

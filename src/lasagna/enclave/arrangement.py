@@ -15,7 +15,7 @@ from lasagna.enclave import messages as m
 from lasagna.enclave.cuts import Cut
 from lasagna.enclave.model import Array, Lane, LoadedModel, Model
 from lasagna.enclave.pieces import Piece, pieces_of
-from lasagna.enclave.pool import Area, Memory, Pool
+from lasagna.enclave.pool import Memory, Pool
 from lasagna.enclave.sessions import open_slice_session, set_workspace_arena
 from lasagna.enclave.spans import Recorder
 from lasagna.enclave.weights import Weights
@@ -111,7 +111,6 @@ def arrange(
     sessions: Sessions,
     recorder: Recorder,
     *,
-    area: Area,
     budget: int,
     threads: int,
 ) -> Arrangement:
@@ -122,7 +121,6 @@ def arrange(
         loaded: models whose keys are here, by digest.
         sessions: kept from arrangements before.
         recorder: of spans.
-        area: where the last arrangement was, and this one is to be.
         threads: that compute, in all.
         budget: bytes of enclave memory in all. The vanilla form, being what others are compared
             with, is not held to it: whoever limits its memory pages.
@@ -137,7 +135,7 @@ def arrange(
     vanilla = any(wish.form is Form.VANILLA for wish in command.models)
     if command.workspace_bytes > budget and not vanilla:
         raise BudgetError(f"a workspace of {command.workspace_bytes} bytes; the budget is {budget}")
-    pool = Pool(UNLIMITED) if vanilla else Pool(budget - command.workspace_bytes, area)
+    pool = Pool(UNLIMITED if vanilla else budget - command.workspace_bytes)
     bases, pieces = _number(command.models, loaded)
     largest = max((piece.size for piece in pieces), default=0)
     staging = min(CHUNK_BYTES, largest) + TAG_BYTES

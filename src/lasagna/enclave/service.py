@@ -22,7 +22,7 @@ from lasagna.enclave.channel import Channel, Frame
 from lasagna.enclave.counters import Counters
 from lasagna.enclave.executor import Job, Requests, open_requests, open_sealed, run_job
 from lasagna.enclave.model import LoadedModel, Model
-from lasagna.enclave.pool import Area, Memory
+from lasagna.enclave.pool import Memory
 from lasagna.enclave.sessions import native_block, on_processors, share_threads
 from lasagna.enclave.spans import Recorder
 from lasagna.errors import (
@@ -68,7 +68,6 @@ class Enclave:
         self._lanes = 0
         self._recorder = Recorder()
         self._requests = Requests()
-        self._area = Area(limits.budget)
         self._arrangement: Arrangement | None = None
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._free_slots: queue.Queue[Memory] = queue.Queue()
@@ -211,7 +210,6 @@ class Enclave:
                 self._models,
                 self._sessions,
                 self._recorder,
-                area=self._area,
                 budget=self._limits.budget,
                 threads=self._limits.threads,
             )

@@ -108,7 +108,7 @@ class Weights:
             for chunk in range(len(facts.chunks)):
                 self._decrypt(piece, chunk, memory, self.stagings[0])
         except PackageError:
-            self.pool.give_back(memory)
+            self.pool.give_back(facts.size)
             raise
         slot = Slot(memory, holds=piece, next_chunk=len(facts.chunks))
         with self._changed:
@@ -221,7 +221,7 @@ class Weights:
             raise InvalidInputError(f"a slice of {size} bytes can't pass through the ring")
         slot = self._pinned.pop(piece)
         self._ring.pass_through(piece, slot)
-        self.pool.give_back(slot.memory)
+        self.pool.give_back(size)
 
     def _in_use(self, move: Move) -> bool:
         slot = self._pinned.get(move.piece)

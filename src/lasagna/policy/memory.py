@@ -108,10 +108,6 @@ class _Search:
         """Of a mean request."""
         return sum(self.weights[name] * seconds for name, seconds in plan.request_s.items())
 
-    def rows_alone(self, models: Mapping[str, ModelCosts]) -> Stages:
-        """One stage each, of batches of one row: what takes the least memory."""
-        return {name: (Stage(0, len(costs.slices), 1),) for name, costs in models.items()}
-
     def _divide(
         self, models: Mapping[str, ModelCosts], stages: Stages, *, apart: bool
     ) -> MemoryPlan | None:
@@ -321,7 +317,7 @@ def require_fits(models: Mapping[str, Forms], machine: Machine, style: Style | N
     """
     chosen = {name: forms[0] for name, forms in models.items()}
     search = _Search(machine, dict.fromkeys(models, 1.0), style or Style())
-    if search._divide(chosen, search.rows_alone(chosen), apart=False) is None:
+    if search._divide(chosen, _leanest(chosen), apart=False) is None:
         raise BudgetError(_shortage(search, chosen))
 
 
@@ -357,6 +353,11 @@ def _slots(room: int, slot: int, streamed: int, *, pin: bool) -> int:
     return 2 if slots == 1 and room >= 2 * slot and streamed > 1 else slots
 
 
+def _leanest(models: Mapping[str, ModelCosts]) -> Stages:
+    """One stage each, of batches of one row: what takes the least memory."""
+    return {name: (Stage(0, len(costs.slices), 1),) for name, costs in models.items()}
+
+
 def _waiting(costs: ModelCosts, stages: Sequence[Stage], lanes: int) -> int:
     return sum(
         whole_pages(costs.cut_bytes[after.first] * waiting_rows(before, after, lanes))
@@ -368,7 +369,7 @@ def _shortage(search: _Search, models: Mapping[str, ModelCosts]) -> str:
     machine = search.machine
     roomy = replace(machine, budget=1 << 60)
     streamed = _Search(roomy, search.weights, replace(search.style, pin=False))
-    plan = streamed._divide(models, streamed.rows_alone(models), apart=False)
+    plan = streamed._divide(models, _leanest(models), apart=False)
     assert plan is not None
     need = whole_pages(plan.total_bytes - plan.ring_bytes + plan.slot_bytes)
     every = [(name, n) for name, costs in models.items() for n in range(len(costs.slices))]

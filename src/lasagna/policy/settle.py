@@ -82,8 +82,7 @@ def settled(
         clock: seconds of a steady clock.
         until_s: when to end; then the placement may be as it was.
     """
-    style = Style(apart=objective != "latency")
-    divisions = Divisions(cluster, clock, until_s, style)
+    divisions = Divisions(cluster, clock, until_s, style_for(objective))
     found: list[tuple[float, Placement]] = []
     for one in (_whole(cluster), placement):
         better = None if one is None else reckoned(cluster, one, objective, divisions)
@@ -99,6 +98,11 @@ def settled(
     if best.scale > bound.value:
         bound = Bound(best.scale, f"{bound.how}; servers' own planners do better")
     return replace(best, bound=bound)
+
+
+def style_for(objective: Objective) -> Style:
+    """What servers' planners may make use of: for latency, lone requests get all threads."""
+    return Style(apart=objective != "latency")
 
 
 def _whole(cluster: Cluster) -> Placement | None:

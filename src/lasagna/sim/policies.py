@@ -15,9 +15,11 @@ from lasagna.policy.balancer import RULES
 from lasagna.policy.baselines import LASAGNA, Policy, policy_named
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
+from lasagna.policy.flow import Objective
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging
 from lasagna.policy.placed import PartCosts, Placement
+from lasagna.policy.settle import style_for
 from lasagna.policy.spread import whole_models
 from lasagna.policy.state import Settings
 from lasagna.sim.options import Options
@@ -100,13 +102,15 @@ def prepared(
         policy: to follow.
         cluster: servers, models and load.
         plan: the planner's placement of it.
-        options: of the simulation; rule, styles and paging are the policy's.
+        options: of the simulation; rule, style and paging are the policy's, but for whether threads
+            may have a batch each.
         page_s: seconds of one page's eviction and load, where the kernel pages.
 
     Raises:
         BudgetError: some model fits on no server whole, or MEDIA has fewer servers than models.
     """
-    settings = replace(options.settings, style=policy.local.style, in_order=policy.local.in_order)
+    style = replace(policy.local.style, apart=options.settings.style.apart)
+    settings = replace(options.settings, style=style, in_order=policy.local.in_order)
     options = replace(options, rule=policy.rule, settings=settings)
     if policy.placed != "plan":
         options = replace(options, replanning=None)
@@ -172,6 +176,10 @@ def one_piece(forms: Forms) -> Forms:
     return (replace(whole[0], form=SLICED, copies_bytes=0),) if whole else forms[:1]
 
 
-def roomy() -> Settings:
-    """Servers that refuse nothing: balancers decide who is let in."""
-    return Settings(queue_rows=10**9)
+def roomy(objective: Objective = "throughput") -> Settings:
+    """Servers that refuse nothing, as balancers decide who is let in, and share work as planned.
+
+    Args:
+        objective: of the plan: for latency all threads compute one batch (``policy.settle``).
+    """
+    return Settings(queue_rows=10**9, style=style_for(objective))
