@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -203,7 +204,8 @@ def _exceeds(forms: Forms) -> bool:
 def run(*, quick: bool) -> Result:
     """Simulate all of them, on two cores."""
     every = list(cases(quick=quick))
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+    cores = min(2, os.cpu_count() or 1)
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
         cells = list(track(pool.map(measure, every), total=len(every), description="simulating"))
     return Result(
         samples={

@@ -316,7 +316,8 @@ def require_fits(models: Mapping[str, Forms], machine: Machine, style: Style | N
         BudgetError: not even batches of one row with nothing pinned fit.
     """
     chosen = {name: forms[0] for name, forms in models.items()}
-    search = _Search(machine, dict.fromkeys(models, 1.0), style or Style())
+    style = replace(style or Style(), pin=False)  # what fits pinned fits streamed, too
+    search = _Search(machine, dict.fromkeys(models, 1.0), style)
     if search._divide(chosen, _leanest(chosen), apart=False) is None:
         raise BudgetError(_shortage(search, chosen))
 
