@@ -92,6 +92,13 @@ def test_memory_at_cuts_has_its_price(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mean_s(priced, demand) < 0.9 * mean_s(plain, demand)
 
 
+def test_a_demand_of_next_to_nothing_is_one() -> None:
+    """It decays while nobody asks, until a thousandth of it is nothing."""
+    costs = linear([9 * MB] * 4, [200_000] * 4, [0.004] * 4)
+    models = forms({"a": costs, "b": costs})
+    assert divide(models, {"a": 5e-324}, machine(40 * MB)).total_bytes <= 40 * MB
+
+
 def test_what_fits_is_pinned_and_runs_in_one_stage() -> None:
     small = linear([MB, 2 * MB], [1000, 1000], [0.001, 0.001])
     plan = divide({"a": (small,)}, {}, machine(60 * MB))

@@ -47,6 +47,8 @@ GRID: Final = 1.5
 GRID_FROM: Final = 32 * 1024
 PRICED_ROWS: Final = (4, 16, 64)
 """What memory at a cut is worth: as much as a pin that so many rows share each visit of."""
+LEAST_SHARE: Final = 1e-6
+"""Of the load, for a price: the demand of an idle hour is next to nothing, and may be nothing."""
 Stages: TypeAlias = Mapping[str, tuple[Stage, ...]]
 """Of each model, in order."""
 
@@ -92,12 +94,13 @@ class _Search:
     def _ways(self, models: Mapping[str, ModelCosts], each: int) -> Iterator[Stages]:
         """Divisions into stages for running batches of so many bytes, each once."""
         seen = []
-        total = sum(self.weights[name] for name in models)
+        total = sum(self.weights[name] for name in models) or 1.0
         rate = self.machine.load_rate
         for rows in (0, *PRICED_ROWS) if self.style.staged else ():
             made = {}
             for name, costs in models.items():
-                price = total / self.weights[name] / (rate * rows) if rows else None
+                share = max(self.weights[name] / total, LEAST_SHARE)
+                price = 1.0 / (share * rate * rows) if rows else None
                 made[name] = self._staged(costs, each, price)
             if made not in seen:
                 seen.append(made)
