@@ -1,6 +1,7 @@
 /* Resolving faults: the thread that brings pages into memory. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "pager_state.h"
@@ -224,6 +225,16 @@ static void load(uint32_t first, struct epc_sealer *const *sealers, uint64_t sta
     epc_note_levels();
 }
 
+/* No page was evicted for a minute: say what the reclaimer was left with. Lock held. */
+static void die_without_frame(void) {
+    char what[256];
+    snprintf(what, sizeof(what),
+             "no page could be evicted for a minute: of %u frames %u are mapped and %u on probation; "
+             "of the oldest %u were pinned, and for %u the kernel had no memory",
+             epc_limit(), epc.active.count, epc.probation.count, epc.pinned, epc.unmoved);
+    epc_die(what);
+}
+
 /* Wait until the page is at rest, and a frame is free if it needs one; its state then. Waiting is not
  * charged for: a real enclave's fault waits for the reclaimer as well. Lock held, released meanwhile. */
 static enum page_state wait_for(uint32_t number) {
@@ -236,7 +247,9 @@ static enum page_state wait_for(uint32_t number) {
         } else if ((state == PAGE_ABSENT || state == PAGE_OUT) && epc_available() == 0) {
             since = since == 0 ? epc_now_ns() : since;
             pthread_cond_signal(&epc.work);
-            epc_wait(&epc.freed, &until, "no page could be evicted for a minute: all are pinned");
+            if (pthread_cond_timedwait(&epc.freed, &epc.lock, &until) == ETIMEDOUT) {
+                die_without_frame();
+            }
         } else {
             if (since != 0) {
                 EPC_ADD(waits, 1);

@@ -44,6 +44,7 @@ struct pager {
     struct slot_set empty;
     uint32_t allocated; /* frames in use: mapped, on probation, promised to a fault */
     uint32_t busy;      /* pages in transition, and batches of frames that are given up */
+    uint32_t pinned, unmoved; /* pages that the last attempt to age left: pinned, and for want of memory */
     bool calibrating; /* faults bring one page each */
     bool forking;     /* the reclaimer pauses */
     uint64_t next_version;

@@ -37,6 +37,7 @@ static void age(void) {
     }
     epc_move(to, from, errors, count);
     pthread_mutex_lock(&epc.lock);
+    epc.pinned = epc.unmoved = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t page = sorted[i];
         if (errors[i] == 0) {
@@ -51,6 +52,8 @@ static void age(void) {
         } else if (errors[i] != EBUSY && errors[i] != ENOMEM) {
             epc_die("a page can't be unmapped: the kernel gives an unexpected error");
         } else { /* pinned by the kernel for a transfer, or no memory for its tables: not now */
+            epc.pinned += errors[i] == EBUSY;
+            epc.unmoved += errors[i] == ENOMEM;
             epc_settle(page, PAGE_MAPPED);
         }
     }

@@ -18,6 +18,7 @@ from lasagna.cli.plan_lanes import lanes_of
 from lasagna.policy.cluster import Cluster, Part, Server
 from lasagna.policy.placed import Bound, PartCosts, Placement
 from lasagna.policy.stages import Machine
+from lasagna.sim.judging import Candidate, Judged
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 MACHINE: Final = Machine(40 * MB, 1, 1, 3e9, 0.0003)
@@ -66,8 +67,9 @@ def files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster, placement: Placement
 ) -> list[str]:
     """Arguments of the command, for which the hand-made cluster and placement are found."""
+    judged = Judged(Candidate("by hand", placement, "throughput"), ())
     monkeypatch.setattr(plan_module, "_cluster", lambda *_: cluster)
-    monkeypatch.setattr(plan_module, "_placement", lambda *_: placement)
+    monkeypatch.setattr(plan_module, "_judged", lambda *_, **__: judged)
     monkeypatch.setenv("COLUMNS", "100")
     return [str(tmp_path / "cluster.toml"), "costs.json"]
 

@@ -108,6 +108,28 @@ def test_steps_between_equal_placements_are_none() -> None:
     assert steps(given, parts, parts[1:]) == [Step(parts[0], add=False)]
 
 
+def test_what_restores_service_comes_first() -> None:
+    """Of models that nobody serves the smaller one, then what only makes others faster."""
+    given = cluster(server("a"), server("b"), server("c", 80 * MB))
+    present = [Part("m", 0, 2, "a")]
+    wanted = [*present, Part("m", 0, 4, "c"), Part("o", 0, 2, "b"), Part("m", 2, 4, "b")]
+    order = [step.part for step in steps(given, present, wanted) if step.add]
+    assert order[0] == Part("o", 0, 2, "b")
+    assert set(order[1:]) == {Part("m", 0, 4, "c"), Part("m", 2, 4, "b")}
+
+
+def test_what_lies_on_a_servers_disk_need_not_be_carried() -> None:
+    """The same plan moves fewer bytes, and none that the server has kept."""
+    given = cluster(server("a"), server("b"))
+    parts = [Part("m", 0, 4, "a"), Part("o", 0, 2, "a")]
+    plain = replan(given, parts, QUICK)
+    assert plain.moved_bytes > 0
+    every = {("m", n) for n in range(4)} | {("o", n) for n in range(2)}
+    kept_all = replan(given, parts, QUICK, stored={"a": every, "b": every})
+    assert kept_all.moved_bytes == 0
+    assert kept_all.gain > plain.gain  # it is there sooner
+
+
 @pytest.mark.parametrize("gone", ["m", "o"])
 def test_parts_of_a_model_that_is_no_longer_asked_for_do_not_count(gone: str) -> None:
     """A model that was unloaded leaves its memory to the others."""

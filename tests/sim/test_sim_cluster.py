@@ -16,10 +16,10 @@ from tests.sim.cases import MACHINE, MB, cluster, everywhere, load, model, place
 from lasagna.errors import UsageError
 from lasagna.policy.balancer_events import Dispatch, Reported
 from lasagna.policy.cluster import Cluster, Part, carry_s
-from lasagna.policy.events import Arrived
+from lasagna.policy.events import Answer, Arrived
 from lasagna.policy.placed import Placement
 from lasagna.policy.state import Settings
-from lasagna.sim.arrivals import Arrival
+from lasagna.sim.arrivals import Arrival, merge
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Fate
 from lasagna.sim.options import EnclaveDies, Options, ServerDies, ServerSlows, Trouble
@@ -320,3 +320,27 @@ def test_figures_are_of_what_ended() -> None:
     assert 0 < server.utilisation < 1
     assert 0 < server.in_share < 1
     assert server.loads_per_task > 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_tenants_of_a_saturated_cluster_get_their_shares(weight: int, seed: int) -> None:
+    """Each server is fair, so the cluster is: within ten percent of the ratio of the weights."""
+    whose: dict[tuple[str, int], str] = {}
+    answered: Counter[str] = Counter()
+
+    def hear(name: str, event: Any, commands: Sequence[Any]) -> None:
+        if isinstance(event, Arrived):
+            whose[name, event.request] = event.tenant
+        for command in commands:
+            if isinstance(command, Answer) and event.at_s > 4.0:  # by then queues have formed
+                answered[whose[name, command.request]] += 1
+
+    options = Options(settings=replace(ROOMY, weights={"much": float(weight), "little": 1.0}))
+    run = simulated(THREE, everywhere(THREE), options, heard=hear)
+    both = [
+        load(seed + number, 400.0, 20.0, "a", "b", tenant=name)
+        for number, name in enumerate(("much", "little"))
+    ]
+    run.run(merge(*both), until_s=20.0)
+    assert answered["much"] / answered["little"] == pytest.approx(weight, rel=0.1)

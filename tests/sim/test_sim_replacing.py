@@ -120,3 +120,50 @@ def test_every_request_ends_once_whatever_changes(seed: int, troubles: list[Trou
     figures = outcome.requests.figures()
     assert figures.count == len(load(seed, 20.0, 12.0, "a", "b"))
     assert figures.unfinished == 0
+
+
+def test_a_change_in_the_middle_of_moves_begins_them_anew() -> None:
+    """Over slow links a move lasts; a server that returns meanwhile is planned for at once."""
+    slow = replace(THREE, servers=servers(3, bandwidth=3e6))
+    options = replace(OPTIONS, replanning=replace(HOW, after_s=0.2))
+    run = VirtualCluster(slow, APART, options, planner=PLANNER)
+    outcome = run.run(
+        load(1, 3.0, 40.0, "a", "b"), [ServerDies(2.0, "s1", 4.0), ServerDies(30.0, "s2")]
+    )
+    assert outcome.moves.looked >= 3
+    assert outcome.requests.figures().unfinished == 0
+    assert {part.model for part in run.balancers[0].placement.parts} == {"a", "b"}
+
+
+def test_what_a_server_has_on_disk_is_not_carried_again() -> None:
+    """A server that comes back needs its memory filled, not its link."""
+    troubles = [ServerDies(1.0, "s0", 3.0), ServerDies(1.5, "s2"), ServerDies(6.0, "s1")]
+    _, outcome = simulated(troubles)
+    sizes = [MODELS[name].weight_bytes for name in "ab"]
+    assert outcome.moves.applied >= 2
+    assert outcome.moves.moved_bytes < 2 * sum(sizes)
+
+
+def test_a_model_that_is_asked_for_all_at_once_gets_a_place() -> None:
+    """Nobody planned for it; its first requests are rejected, and after some seconds none is."""
+    given = replace(THREE, demand={"a": 10.0, "b": 0.0})
+    only_a = placed(THREE, [Part("a", 0, 4, f"s{n}") for n in range(3)])
+    options = replace(OPTIONS, replanning=replace(HOW, mix_s=2.0))
+    run = VirtualCluster(given, only_a, options, planner=PLANNER)
+    early = [one for one in load(1, 20.0, 30.0, "a", "b") if one.at_s > 5.0 or one.model == "a"]
+    outcome = run.run(early)
+    assert outcome.moves.looked >= 1
+    assert {part.model for part in run.balancers[0].placement.parts} == {"a", "b"}
+    refused = outcome.requests.figures("b")
+    assert 0 < refused.refused < refused.count / 3
+    assert outcome.requests.figures("b", since_s=15.0).refused == 0
+
+
+def test_the_mix_that_was_planned_for_moves_nothing() -> None:
+    """And a model that nobody has asked for in a while keeps its place."""
+    run = VirtualCluster(THREE, APART, replace(OPTIONS, replanning=replace(HOW, mix_s=2.0)))
+    outcome = run.run(load(3, 40.0, 12.0, "a", "b"))
+    assert outcome.moves.looked == 0
+    hot = VirtualCluster(THREE, APART, replace(OPTIONS, replanning=replace(HOW, mix_s=2.0)))
+    hot.run(load(3, 40.0, 12.0, "b"))
+    assert {part.model for part in hot.balancers[0].placement.parts} == {"a", "b"}

@@ -20,6 +20,7 @@ from lasagna.errors import LasagnaError
 
 BENCHMARKS: Final[dict[str, str]] = {
     "baseline": "lasagna.bench.baseline",
+    "branches": "lasagna.bench.branches",
     "fidelity": "lasagna.bench.fidelity",
     "local": "lasagna.bench.local",
     "epc": "lasagna.bench.epc",

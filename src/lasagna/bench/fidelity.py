@@ -1,10 +1,10 @@
 """How true the simulator is: real servers against simulated ones under the same load.
 
 Every server runs twice. The first run's journal says what this machine takes beside the models'
-profiles (``sim.calibrating``); the second is compared: a closed loop that keeps the server
-saturated, and Poisson arrivals at 70 % of what that gave. Latencies are the client's, so what the
-host adds is part of them. The EPC is emulated; for vanilla, what paging takes is in its computing
-times.
+profiles (``sim.calibrating``), and what client, broker and host add to a request's time beside the
+scheduler's: a constant. The second is compared: a closed loop that keeps the server saturated, and
+Poisson arrivals at 70 % of what that gave. Latencies are the client's. The EPC is emulated; for
+vanilla, what paging takes is in its computing times.
 """
 
 from __future__ import annotations
@@ -142,11 +142,12 @@ async def _compare(
             arrivals = poisson(mix, rate, max(2 * seconds, min(60.0, 200 / rate)), seed)
             return _Real(order, closed, arrivals, await play(ask, arrivals))
 
-    await once(SEEDS[0], journal)
+    first = await once(SEEDS[0], journal)
     known = calibrated(journal)
+    outside_s = _outside_s(first, known)
     real = await once(SEEDS[1], None)
-    closed = _closed(known, journal, real.order, outstanding, real.closed.answered)
-    opened = _opened(known, journal, real.arrivals)
+    closed = _closed(known, journal, outside_s, real.order, outstanding, real.closed.answered)
+    opened = _opened(known, journal, outside_s, real.arrivals)
     return [
         Row("", "saturated", _figures(real.closed), closed),
         Row("", "at 70 %", _figures(real.opened), opened),
@@ -167,10 +168,17 @@ def _figures(one: Outcome) -> Figures:
     return Figures(one.throughput, one.percentile_s(0.5), one.percentile_s(0.99))
 
 
+def _outside_s(real: _Real, known: Calibrated) -> float:
+    """What a request takes beside the scheduler's part, of those of the Poisson load."""
+    inside = known.latencies_s[-real.opened.answered :]
+    return max(0.0, real.opened.percentile_s(0.5) - float(np.median(inside)))
+
+
 class _Simulated:
     """A calibrated server in virtual time, and when its requests were asked and answered."""
 
-    def __init__(self, known: Calibrated, journal: Path) -> None:
+    def __init__(self, known: Calibrated, journal: Path, outside_s: float) -> None:
+        self.outside_s = outside_s
         self.clock = Clock()
         self.asked_s: dict[int, float] = {}
         self.took_s: list[float] = []
@@ -193,8 +201,9 @@ class _Simulated:
         self.enclave.tell(Arrived(self.clock.now_s, number, model))
 
     def _ended(self, end: End) -> None:
-        self.took_s.append(self.clock.now_s - self.asked_s[end.request])
-        self.ends_s.append(self.clock.now_s)
+        ends_s = self.clock.now_s + self.outside_s
+        self.took_s.append(ends_s - self.asked_s[end.request])
+        self.ends_s.append(ends_s)
         self.answered()
 
     def answered(self) -> None:
@@ -204,8 +213,10 @@ class _Simulated:
 class _Closed(_Simulated):
     """Asks for another one for each that was answered."""
 
-    def __init__(self, known: Calibrated, journal: Path, order: Sequence[str]) -> None:
-        super().__init__(known, journal)
+    def __init__(
+        self, known: Calibrated, journal: Path, outside_s: float, order: Sequence[str]
+    ) -> None:
+        super().__init__(known, journal, outside_s)
         self._order = cycle(order)
 
     def more(self, _: None) -> None:
@@ -213,13 +224,18 @@ class _Closed(_Simulated):
         self.ask(next(self._order))
 
     def answered(self) -> None:
-        self.clock.at(self.clock.now_s, self.more)
+        self.clock.at(self.clock.now_s + self.outside_s, self.more)
 
 
 def _closed(
-    known: Calibrated, journal: Path, order: Sequence[str], outstanding: int, answers: int
+    known: Calibrated,
+    journal: Path,
+    outside_s: float,
+    order: Sequence[str],
+    outstanding: int,
+    answers: int,
 ) -> Figures:
-    one = _Closed(known, journal, order)
+    one = _Closed(known, journal, outside_s, order)
     for _ in range(outstanding):
         one.clock.at(0.0, one.more)
     while len(one.ends_s) < outstanding + answers:
@@ -230,8 +246,10 @@ def _closed(
     return Figures(rate_of(ends), float(p50), float(p99))
 
 
-def _opened(known: Calibrated, journal: Path, arrivals: Sequence[tuple[float, str]]) -> Figures:
-    one = _Simulated(known, journal)
+def _opened(
+    known: Calibrated, journal: Path, outside_s: float, arrivals: Sequence[tuple[float, str]]
+) -> Figures:
+    one = _Simulated(known, journal, outside_s)
     for at_s, model in arrivals:
         one.clock.at(1.0 + at_s, one.ask, model)
     one.clock.run()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 import typer
@@ -26,11 +26,10 @@ from lasagna.errors import UsageError
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
-from lasagna.policy.plan import Style
+from lasagna.policy.plan import Objective, objective_named, style_for
+from lasagna.sim.judging import Candidate, Judged, plan_judged
 from lasagna.units import format_bytes
 
-Objective = Literal["throughput", "latency"]
-OBJECTIVES: Final[tuple[Objective, ...]] = ("throughput", "latency")
 FORMAT: Final = 1
 
 
@@ -49,6 +48,9 @@ def plan(
     time_limit: Annotated[
         float, typer.Option(metavar="S", min=0.0, help="Seconds after which the search ends.")
     ] = 10.0,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Let simulations choose among several plans.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan into a file.")
     ] = None,
@@ -64,23 +66,24 @@ def plan(
 
     Nothing is sent to any server: it reads files, and predicts from sizes and measured times.
     """
-    wanted = _objective(objective)
+    wanted = objective_named(objective)
     cluster = _cluster(path, models)
     console = Console(stderr=True)
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         bar.add_task("planning", total=None)
-        placement = _placement(cluster, wanted, time_limit)
+        judged = _judged(cluster, wanted, time_limit, simulate=simulate)
+    placement = judged.best.placement
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("memory of each server", total=len(cluster.servers))
         lanes = lanes_of(
             cluster,
             placement,
             lambda done, total: bar.update(task, completed=done, total=total),
-            style=Style(apart=wanted != "latency"),  # as ``policy.settle`` has reckoned
+            style=style_for(judged.best.style),  # as ``policy.settle`` has reckoned
         )
     written = []
-    report = msgspec.json.format(msgspec.json.encode(report_of(cluster, placement, lanes)))
+    report = msgspec.json.format(msgspec.json.encode(report_of(cluster, judged, lanes)))
     if out:
         write_file(out, report)
         written.append(out)
@@ -95,7 +98,7 @@ def plan(
     if json_:
         typer.echo(report.decode())
     else:
-        _show(Console(), cluster, placement, lanes)
+        _show(Console(), cluster, judged, lanes)
 
 
 def _cluster(path: Path, models: Sequence[Path]) -> Cluster:
@@ -119,19 +122,17 @@ def read_models(paths: Sequence[Path]) -> dict[str, Forms]:
     return found
 
 
-def _objective(text: str) -> Objective:
-    for objective in OBJECTIVES:
-        if text == objective:
-            return objective
-    raise UsageError(f"--objective is one of {', '.join(OBJECTIVES)}, not {text!r}")
-
-
-def _placement(cluster: Cluster, objective: Objective, time_limit_s: float) -> Placement:
+def _judged(
+    cluster: Cluster, objective: Objective, time_limit_s: float, *, simulate: bool
+) -> Judged:
     from lasagna.policy.placement import PlanOptions, plan_cluster  # with a solver of some size
 
     options = PlanOptions(objective=objective, time_limit_s=time_limit_s)
     with silent_library():
-        return plan_cluster(cluster, options, clock=time.monotonic)
+        if simulate:
+            return plan_judged(cluster, options, clock=time.monotonic)
+        placement = plan_cluster(cluster, options, clock=time.monotonic)
+    return Judged(Candidate(f"plan for {objective}", placement, objective), ())
 
 
 @contextmanager
@@ -148,13 +149,24 @@ def silent_library() -> Iterator[None]:
         os.close(kept)
 
 
-def report_of(
-    cluster: Cluster, placement: Placement, lanes: Sequence[Lane]
-) -> Mapping[str, object]:
+def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mapping[str, object]:
     """A plan as JSON. Sizes in bytes, times in seconds; a latency that has no end is null."""
+    placement = judged.best.placement
     bound, ceiling = placement.bound, placement.ceiling
     return {
         "format": FORMAT,
+        "plan": judged.best.name,
+        "servers_work_for": judged.best.style,
+        "simulated": [
+            {
+                "plan": one.candidate.name,
+                "servers_work_for": one.candidate.style,
+                "in_time": one.in_time,
+                "answers_per_s": one.throughput,
+                "mean_s": one.mean_s if math.isfinite(one.mean_s) else None,
+            }
+            for one in judged.verdicts
+        ],
         "scale": placement.scale,
         "requests_per_s": placement.throughput,
         "demand": cluster.demand,
@@ -213,7 +225,8 @@ def write_file(path: Path, content: bytes) -> None:
         raise UsageError(f"can't write {path}: {error.strerror}") from None
 
 
-def _show(console: Console, cluster: Cluster, placement: Placement, lanes: Sequence[Lane]) -> None:
+def _show(console: Console, cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> None:
+    placement = judged.best.placement
     console.print(Text(plain(headline(placement)), style="bold"))
     if placement.scale < 1:
         console.print(
@@ -225,6 +238,9 @@ def _show(console: Console, cluster: Cluster, placement: Placement, lanes: Seque
     console.print(_server_table(lanes))
     console.print()
     console.print(_model_table(cluster, placement))
+    if judged.verdicts:
+        console.print()
+        console.print(_verdict_table(judged))
 
 
 def _server_table(lanes: Sequence[Lane]) -> Table:
@@ -264,6 +280,21 @@ def _model_table(cluster: Cluster, placement: Placement) -> Table:
     return table
 
 
+def _verdict_table(judged: Judged) -> Table:
+    table = _table("plan", "servers work for", "in time", "answers/s", "mean")
+    for one in judged.verdicts:
+        style = "bold" if one.candidate is judged.best else ""
+        table.add_row(
+            Text(one.candidate.name, style=style),
+            one.candidate.style,
+            f"{100 * one.in_time:.0f} %",
+            f"{one.throughput:.3g}",
+            _milliseconds(one.mean_s),
+        )
+    table.caption = "simulated; the plan in bold is the one above"
+    return table
+
+
 def _milliseconds(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "no end"
@@ -274,6 +305,6 @@ def _table(*headings: str) -> Table:
     # Narrow: it fits into 80 columns.
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for number, heading in enumerate(headings):
-        names = heading in ("server", "part", "model") and number < 2
+        names = heading in ("server", "part", "model", "plan") and number < 2
         table.add_column(heading, justify="left" if names else "right", overflow="fold")
     return table

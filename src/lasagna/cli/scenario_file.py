@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -53,12 +54,20 @@ class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objective: Literal["throughput", "latency"] = "throughput"
     time_limit_s: _NotNegative = 5.0
+    simulate: bool = False
 
 
 class _Replan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after_s: _NotNegative = 2.0
     slower: Annotated[float, Meta(gt=1, le=100)] = 1.3
+    mix: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    mix_s: _Positive = 5.0
     horizon_s: _Positive = 600.0
+
+
+class _Mix(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    at_s: _Positive
+    demand: dict[str, _NotNegative]
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +88,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trouble: tuple[_Trouble, ...] = ()
     plan: _Plan = _Plan()
     replan: _Replan | None = None
+    mix: tuple[_Mix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +117,9 @@ class Scenario:
         how = self.settings.replan
         if how is None:
             return None
-        return Replanning(how.after_s, how.slower, how.horizon_s, self.plan)
+        return Replanning(
+            how.after_s, how.slower, how.mix, how.mix_s, how.horizon_s, options=self.plan
+        )
 
     def arrivals(self, throughput: float) -> Iterator[Arrival]:
         """Requests, the same ones at each call.
@@ -120,12 +132,18 @@ class Scenario:
         if settings.arrivals.kind == "recorded":
             return recorded(self.path.parent / settings.arrivals.file)
         times = _times(settings.arrivals, rate, np.random.default_rng((settings.seed, 1)))
-        return requests(
-            np.random.default_rng((settings.seed, 2)),
-            times,
-            {name: cluster.demand[name] for name in cluster.wanted},
-            until_s=settings.seconds,
-            limits_s=dict(cluster.limits_s),
+        rng, limits_s = np.random.default_rng((settings.seed, 2)), dict(cluster.limits_s)
+        mixes = [(0.0, cluster.demand), *((one.at_s, one.demand) for one in settings.mix)]
+        ends = [*(at_s for at_s, _ in mixes[1:]), settings.seconds]
+        return chain.from_iterable(
+            requests(
+                rng,
+                times,
+                {name: rate for name, rate in sorted(mix.items()) if rate > 0},
+                until_s=min(end_s, settings.seconds),
+                limits_s=limits_s,
+            )
+            for (_, mix), end_s in zip(mixes, ends, strict=True)
         )
 
 
@@ -155,6 +173,7 @@ def read_scenario(path: Path) -> Scenario:
         raise UsageError(f"{path}: warm_up_s must be less than seconds, {file.seconds:g}")
     if (file.arrivals.kind == "recorded") != bool(file.arrivals.file):
         raise UsageError(f'{path}, [arrivals]: file goes with kind = "recorded", and the reverse')
+    _check_mixes(file, cluster, path)
     return Scenario(
         path,
         cluster,
@@ -163,6 +182,22 @@ def read_scenario(path: Path) -> Scenario:
         tuple(_trouble(one, cluster, path) for one in file.trouble),
         file,
     )
+
+
+def _check_mixes(file: _File, cluster: Cluster, path: Path) -> None:
+    for before, after in pairwise((0.0, *(one.at_s for one in file.mix))):
+        if after <= before:
+            raise UsageError(f"{path}, [[mix]]: at_s must rise, {after:g} is not after {before:g}")
+    for one in file.mix:
+        for name in one.demand:
+            if name not in cluster.models:
+                raise UsageError(
+                    f"{path}, [[mix]]: no model {name!r}; {nearest(name, cluster.models)}"
+                )
+        if not any(one.demand.values()):
+            raise UsageError(f"{path}, [[mix]] at {one.at_s:g}: one demand must be above 0")
+    if file.mix and file.arrivals.kind == "recorded":
+        raise UsageError(f"{path}, [[mix]]: recorded arrivals have a mix of their own")
 
 
 def _times(arrivals: _Arrivals, rate: float, rng: np.random.Generator) -> Iterator[float]:

@@ -97,6 +97,12 @@ def serve(
             help="What decides what runs when; lasagna, dynamic-batch, on-demand or vanilla."
         ),
     ] = "lasagna",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What counts most: throughput; or latency, where all threads compute one batch."
+        ),
+    ] = "throughput",
     tenant_weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,6 +141,7 @@ def serve(
     """
     from lasagna.gateway.run import keep_large_buffers, loop_factory
     from lasagna.policy.baselines import policy_named
+    from lasagna.policy.plan import objective_named
     from lasagna.server.lifecycle import HostConfig
 
     if (broker is None) == (not insecure_local_broker):
@@ -145,6 +152,7 @@ def serve(
         max_batch=max_batch,
         queue_limit=queue_limit,
         policy=policy_named(policy).name,
+        objective=objective_named(objective),
         tenant_weights=_weights(tenant_weight or ()),
         trace=trace,
         traced_as=insecure_emulate_epc or "",

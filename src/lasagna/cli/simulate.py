@@ -24,6 +24,7 @@ from lasagna.errors import LasagnaError
 from lasagna.policy.placed import Placement
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.judging import Candidate, plan_judged
 from lasagna.sim.metrics import Outcome
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
@@ -56,9 +57,10 @@ def simulate(
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("planning", total=None)
-        plan = _plan(scenario)
+        chosen = _plan(scenario)
+        plan = chosen.placement
         bar.remove_task(task)
-        outcomes = _outcomes(scenario, plan, bar)
+        outcomes = _outcomes(scenario, chosen, bar)
     report = msgspec.json.format(msgspec.json.encode(_report(scenario, plan, outcomes)))
     if out:
         write_file(out, report)
@@ -72,20 +74,25 @@ def simulate(
         _show(Console(), scenario, plan, outcomes)
 
 
-def _plan(scenario: Scenario) -> Placement:
+def _plan(scenario: Scenario) -> Candidate:
     from lasagna.policy.placement import plan_cluster  # with a solver of some size
 
+    objective = scenario.plan.objective
     with silent_library():
-        return plan_cluster(scenario.cluster, scenario.plan, clock=time.monotonic)
+        if scenario.settings.plan.simulate:
+            return plan_judged(scenario.cluster, scenario.plan, clock=time.monotonic).best
+        placement = plan_cluster(scenario.cluster, scenario.plan, clock=time.monotonic)
+    return Candidate(f"plan for {objective}", placement, objective)
 
 
-def _outcomes(scenario: Scenario, plan: Placement, bar: Progress) -> dict[str, Outcome]:
+def _outcomes(scenario: Scenario, chosen: Candidate, bar: Progress) -> dict[str, Outcome]:
+    plan = chosen.placement
     costs = PAGING.costs()
     page_s = (costs.load_ns + costs.evict_ns) / 1e9
     settings = scenario.settings
     options = Options(
         balancers=settings.balancers,
-        settings=roomy(scenario.plan.objective),
+        settings=roomy(chosen.style),
         admission=settings.admission,
         report_s=settings.report_ms / 1000,
         detect_s=settings.detect_ms / 1000,

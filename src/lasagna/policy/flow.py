@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from lasagna.policy.cluster import Cluster, Server, sliced
 from lasagna.policy.columns import Column, kinds_of, room_on
+from lasagna.policy.plan import Objective
 from lasagna.policy.program import NO_LIMIT_S, Program, Solved
 
-Objective = Literal["throughput", "latency"]
 FULL: Final = 1.0
 BUSY: Final = 0.85
 """Share of its time that a server may work where latency counts: beyond, requests wait long."""

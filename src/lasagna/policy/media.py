@@ -4,8 +4,9 @@ Written from its description (Li et al., ICDCS 2024; shared notes), not from its
 as fast as it is up to its EPC, and slower beyond it, by paging. Layers are merged into partitions
 as long as the union fits the EPC, or takes no longer together than apart with what is carried
 between them. Partitions are taken in order of upward rank, and each is given to the server on which
-it ends first (as HEFT does), one partition a server at a time. That makes one chain. For more load
-the same is done with the servers that are left, until none is.
+it ends first (as HEFT does), one partition a server at a time. That makes one chain, which is all
+that MEDIA describes. So that the servers beside it need not idle, the same may be repeated with
+those that are left until none is: an addition of ours, and the stronger baseline.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from lasagna.policy.promise import ceiling_of
 from lasagna.units import PAGE
 
 
-def media(cluster: Cluster, paging: Mapping[str, Paging]) -> Placement:
-    """Chains for every model, the models in turn, until no servers are left.
+def media(cluster: Cluster, paging: Mapping[str, Paging], *, repeated: bool = False) -> Placement:
+    """A chain for every model, on servers of its own.
 
     Args:
         cluster: servers, models and load.
         paging: of each server, by name.
+        repeated: more chains for the models in turn, until no servers are left.
 
     Raises:
         BudgetError: there are fewer servers than models.
@@ -38,7 +40,7 @@ def media(cluster: Cluster, paging: Mapping[str, Paging]) -> Placement:
     left = list(cluster.servers)
     chains = dict.fromkeys(cluster.wanted, 0)
     latency_s: dict[str, float] = {}
-    while left:
+    while left and (repeated or not all(chains.values())):
         model = min(chains, key=lambda name: (chains[name] / cluster.demand[name], name))
         found = _chain(cluster, model, left, paging)
         if not found and not chains[model]:

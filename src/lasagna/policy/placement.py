@@ -17,18 +17,18 @@ from typing import Final
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
+from lasagna.policy.exchange import exchanged
 from lasagna.policy.flow import (
     Choice,
     Flows,
-    Objective,
     chosen,
     fits,
     free_of_charge,
     place,
     relaxed,
 )
-from lasagna.policy.groups import in_groups
 from lasagna.policy.placed import Placement, connected
+from lasagna.policy.plan import Objective
 from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_chains, why_not
 from lasagna.policy.settle import settled
 
@@ -39,9 +39,7 @@ SMALL: Final = 1200
 TOGETHER: Final = 400
 """Columns of all servers that are chosen anew together, beyond two servers."""
 LARGE: Final = 6
-"""Servers beyond which a cluster is planned in groups first."""
-UNIT_S: Final = 0.2
-"""Seconds for planning a group, at least."""
+"""Servers beyond which columns are exchanged one server at a time first."""
 EACH: Final = 120
 """Columns of a server that is chosen anew, beside those that it has."""
 SEARCHING: Final = 0.8
@@ -155,27 +153,23 @@ class _Search:
         """The better of two choices to begin the search with."""
         if len(self.cluster.servers) <= LARGE:
             return self._rounded(columns, most, near, until_s)
-        until_s = (self.clock() + 3 * until_s) / 4
-
-        def solve(
-            small: Cluster, own: Sequence[Column], begin: Choice | None
-        ) -> tuple[Choice, float]:
-            limit_s = max(UNIT_S, (until_s - self.clock()) / 50)
-            options = replace(self.options, objective="throughput", time_limit_s=limit_s)
-            try:
-                flows, _, choice = _Search(small, options, self.clock, free_of_charge).run(
-                    own, begin
-                )
-            except BudgetError:
-                return Choice(((),) * len(small.servers)), 0.0
-            return choice, flows.scale
-
-        grouped = in_groups(self.cluster, columns, most, solve, lambda: self.clock() < until_s)
-        choices = [grouped]
-        if self._unserved(grouped):
-            choices.append(self._rounded(columns, most, near, until_s))
-        every = [(self._value(c, chosen(self.cluster, c, "throughput")), c) for c in choices]
-        return max(every, key=lambda one: one[0])[1]
+        nothing: list[list[Column]] = [[] for _ in self.cluster.servers]
+        lean = self._lean(columns)
+        begins = [Choice(tuple(map(tuple, nothing))), self._shared_out(most, near, nothing)]
+        if lean is not None:
+            # First what serves all models and has the most shared out.
+            begins = [Choice(tuple(map(tuple, lean))), *begins]
+            begins = [self._shared_out(most, near, lean), *begins]
+        every, found = self._every(columns), []
+        for begin in begins:
+            choice = exchanged(
+                self.cluster, begin, every, most.scale, lambda: self.clock() < until_s
+            )
+            found.append((self._value(choice, chosen(self.cluster, choice, "throughput")), choice))
+            if self.clock() >= until_s:
+                break
+        value, best = max(found, key=lambda one: one[0])
+        return best if value > 0.0 else self._rounded(columns, most, near, until_s)
 
     @property
     def _kinds(self) -> list[int]:
@@ -186,8 +180,9 @@ class _Search:
 
     def _every(self, columns: Sequence[Column]) -> dict[int, list[Column]]:
         """Of each server, all columns that it may have."""
-        kinds = enumerate(self._kinds)
-        return {number: [c for c in columns if c.kind == kind] for number, kind in kinds}
+        kinds = self._kinds
+        by_kind = {kind: [c for c in columns if c.kind == kind] for kind in set(kinds)}
+        return {number: by_kind[kind] for number, kind in enumerate(kinds)}
 
     def _near(
         self, columns: Sequence[Column], most: Flows, costs: Mapping[Column, float]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
+from lasagna.errors import UsageError
 from lasagna.policy.costs import ModelCosts
 from lasagna.policy.stages import Machine, Stage
 
@@ -69,6 +71,23 @@ class MemoryPlan:
         return held + self.running_bytes
 
 
+Objective = Literal["throughput", "latency"]
+"""What counts most: the most answers a second, or the least time of a request."""
+OBJECTIVES: Final[tuple[Objective, ...]] = ("throughput", "latency")
+
+
+def objective_named(text: str) -> Objective:
+    """An objective by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for objective in OBJECTIVES:
+        if text == objective:
+            return objective
+    raise UsageError(f"an objective is one of {', '.join(OBJECTIVES)}, not {text!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Style:
     """What a division may make use of; the default is everything.
@@ -96,6 +115,16 @@ class Style:
         if not self.apart:
             return every[-1:]
         return every if self.together else every[:1]
+
+
+def style_for(objective: Objective, style: Style | None = None) -> Style:
+    """A style for an objective: for latency, lone requests get all threads.
+
+    Args:
+        objective: what counts most.
+        style: what else a division may make use of; everything by default.
+    """
+    return replace(style or Style(), apart=objective != "latency")
 
 
 def mean_s(plan: MemoryPlan, demand: Mapping[str, float]) -> float:

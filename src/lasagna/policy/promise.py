@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, Server, sliced
 from lasagna.policy.columns import Column
-from lasagna.policy.flow import Flows, Objective, latency_of
+from lasagna.policy.flow import Flows, latency_of
 from lasagna.policy.placed import Bound, PartCosts, Placement, connected
+from lasagna.policy.plan import Objective
 
 
 def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:

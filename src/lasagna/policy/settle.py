@@ -15,10 +15,10 @@ from typing import Final
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, Server, part_of
 from lasagna.policy.columns import Column, kinds_of
-from lasagna.policy.flow import Choice, Objective, chosen
+from lasagna.policy.flow import Choice, chosen
 from lasagna.policy.memory import divide_best
 from lasagna.policy.placed import Bound, PartCosts, Placement
-from lasagna.policy.plan import MemoryPlan, Style
+from lasagna.policy.plan import MemoryPlan, Objective, Style, style_for
 from lasagna.policy.promise import placement_of
 from lasagna.policy.spread import whole_models
 
@@ -98,11 +98,6 @@ def settled(
     if best.scale > bound.value:
         bound = Bound(best.scale, f"{bound.how}; servers' own planners do better")
     return replace(best, bound=bound)
-
-
-def style_for(objective: Objective) -> Style:
-    """What servers' planners may make use of: for latency, lone requests get all threads."""
-    return Style(apart=objective != "latency")
 
 
 def _whole(cluster: Cluster) -> Placement | None:

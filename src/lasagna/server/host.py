@@ -31,6 +31,7 @@ from lasagna.errors import (
 from lasagna.journal import JournalWriter
 from lasagna.policy import events as e
 from lasagna.policy.baselines import policy_named
+from lasagna.policy.plan import style_for
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.state import Settings
 from lasagna.server.costs import machine_of
@@ -108,7 +109,7 @@ class EnclaveHost:
             queue_rows=config.queue_limit,
             patience_s=config.patience_s,
             weights=config.tenant_weights,
-            style=self.policy.style,
+            style=style_for(config.objective, self.policy.style),
             in_order=self.policy.in_order,
         )
         self.scheduler = Scheduler(machine, settings)

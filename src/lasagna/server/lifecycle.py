@@ -32,6 +32,7 @@ from lasagna.errors import (
     UsageError,
 )
 from lasagna.package.reader import Package
+from lasagna.policy.plan import Objective
 from lasagna.server.link import EnclaveLink, accept_enclave
 from lasagna.server.release import KeyRelay
 from lasagna.server.served import ModelFacts
@@ -62,6 +63,7 @@ class HostConfig:
         queue_limit: rows that may wait.
         patience_s: who has waited so long for the enclave goes before all priorities and shares.
         policy: name of the scheduling policy, one of ``policy.baselines.POLICIES``.
+        objective: what counts most; for ``latency`` all threads compute one batch.
         tenant_weights: shares of tenants at saturation; those that are not named have 1.
         trace: file to record what runs when in, and traced_as: what that says of the enclave's EPC.
         journal: file for the scheduler's events and commands, to be replayed (``lasagna.sim``).
@@ -78,6 +80,7 @@ class HostConfig:
     queue_limit: int = 256
     patience_s: float = 10.0
     policy: str = "lasagna"
+    objective: Objective = "throughput"
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     trace: Path | None = None
     traced_as: str = ""

@@ -15,7 +15,17 @@ import numpy as np
 from lasagna.errors import UsageError
 from lasagna.journal import Journal
 from lasagna.policy.costs import Forms
-from lasagna.policy.events import Arrange, Arranged, ModelAdded, Plan, Planned, Ran, Run
+from lasagna.policy.events import (
+    Answer,
+    Arrange,
+    Arranged,
+    Arrived,
+    ModelAdded,
+    Plan,
+    Planned,
+    Ran,
+    Run,
+)
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import SLICE_S, Machine, sealing_s
@@ -36,6 +46,8 @@ class Calibrated:
         calibration: medians of what was measured over what the profiles say.
         noise: standard deviation of the logarithm of runs' times over their reckoned ones.
         runs: that it is from.
+        latencies_s: of answered requests, from the scheduler's hearing of each to its answer, in
+            order of arrival.
     """
 
     machine: Machine
@@ -43,6 +55,7 @@ class Calibrated:
     calibration: Calibration
     noise: float
     runs: int
+    latencies_s: Sequence[float] = ()
 
 
 @dataclass(slots=True)
@@ -62,6 +75,8 @@ class _Seen:
 
     models: dict[str, Forms] = field(default_factory=dict)
     done: list[_Done] = field(default_factory=list)
+    asked_s: dict[int, float] = field(default_factory=dict)
+    took_s: dict[int, float] = field(default_factory=dict)
     arranging_s: list[float] = field(default_factory=list)
     planning_s: list[float] = field(default_factory=list)
 
@@ -89,7 +104,8 @@ def calibrated(path: Path) -> Calibrated:
     rests = _rests(seen.done, machine, found)
     found = replace(found, entry_s=max(0.0, median(rest for rest, _ in rests)))
     logarithms = [np.log(took / reckoned) for _, (took, reckoned) in rests if took > 0.0]
-    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done))
+    took_s = [seen.took_s[request] for request in seen.asked_s if request in seen.took_s]
+    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done), took_s)
 
 
 def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
@@ -106,6 +122,8 @@ def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
             seen.done.append(_Done(run, rows, plan, sent_s, event))
         elif isinstance(event, ModelAdded):
             seen.models[event.model] = event.forms
+        elif isinstance(event, Arrived):
+            seen.asked_s[event.request] = event.at_s
         elif isinstance(event, Arranged):
             seen.arranging_s.append(event.at_s - arranging_s)
         elif isinstance(event, Planned):
@@ -114,6 +132,8 @@ def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
         for command in entry.commands:
             if isinstance(command, Run):
                 sent[command.run] = command, event.at_s
+            elif isinstance(command, Answer):
+                seen.took_s[command.request] = event.at_s - seen.asked_s[command.request]
             elif isinstance(command, Arrange):
                 arranging_s = event.at_s
             elif isinstance(command, Plan):

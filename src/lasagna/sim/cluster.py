@@ -124,6 +124,7 @@ class VirtualCluster:
                 cluster,
                 placement,
                 options.replanning,
+                self.balancers[0].servers,
                 self._replaced,
                 self._used,
             )
@@ -176,6 +177,8 @@ class VirtualCluster:
 
     def _ask(self, arrival: Arrival) -> None:
         self._asked = request = self._asked + 1
+        if self._replacing is not None:
+            self._replacing.asked(arrival.model)
         shard = (request * _SPREAD >> 16) % len(self.balancers)
         flow = self._open[request] = Flow(request, arrival, shard)
         limit_s = flow.deadline_s if self._options.admission else None
@@ -326,8 +329,7 @@ class VirtualCluster:
             Reported(self.clock.now_s, server.server.name, measured_s, backlog_s, slowness)
         )
         if self._replacing is not None:
-            beliefs = self.balancers[0].servers
-            self._replacing.heard(server.server.name, beliefs[server.server.name], beliefs)
+            self._replacing.heard(server.server.name)
 
     def _tell_all(self, event: BalancerEvent) -> None:
         for number in range(len(self.balancers)):
@@ -351,7 +353,7 @@ class VirtualCluster:
     def _lost(self, server: VirtualServer) -> None:
         self._tell_all(ServerLost(self.clock.now_s, server.server.name))
         if self._replacing is not None:
-            self._replacing.noticed(self.balancers[0].servers)
+            self._replacing.noticed()
 
     def _replaced(self, event: Replaced) -> None:
         self._parts = {**self._parts, **event.placement.parts}
@@ -372,7 +374,7 @@ class VirtualCluster:
         if server.alive:
             self._tell_all(ServerBack(self.clock.now_s, server.server.name))
             if self._replacing is not None:
-                self._replacing.noticed(self.balancers[0].servers)
+                self._replacing.noticed()
 
 
 def _models_on(cluster: Cluster, placement: Placement, server: Server) -> dict[str, Forms]:

@@ -15,11 +15,10 @@ from lasagna.policy.balancer import RULES
 from lasagna.policy.baselines import LASAGNA, Policy, policy_named
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
-from lasagna.policy.flow import Objective
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging
 from lasagna.policy.placed import PartCosts, Placement
-from lasagna.policy.settle import style_for
+from lasagna.policy.plan import Objective, style_for
 from lasagna.policy.spread import whole_models
 from lasagna.policy.state import Settings
 from lasagna.sim.options import Options
@@ -35,14 +34,15 @@ class ClusterPolicy:
 
     Attributes:
         name: that people choose it by.
-        placed: ``plan``, by the planner; ``whole``, whole models on every server; ``media``, as
-            MEDIA would.
+        placed: ``plan``, by the planner; ``whole``, whole models on every server; ``media``, a
+            chain of partitions of each model, as MEDIA would; ``media-repeated``, as many chains as
+            there are servers for.
         rule: by which routes are chosen.
         local: what each server does.
     """
 
     name: str
-    placed: Literal["plan", "whole", "media"] = "plan"
+    placed: Literal["plan", "whole", "media", "media-repeated"] = "plan"
     rule: str = "earliest"
     local: Policy = LASAGNA
 
@@ -68,6 +68,9 @@ CLUSTER_POLICIES: Final[Mapping[str, ClusterPolicy]] = {
     "local-only": ClusterPolicy("local-only", "whole", "round-robin"),
     "global-only": ClusterPolicy("global-only", local=policy_named("on-demand")),
     "media": ClusterPolicy("media", "media", local=policy_named("vanilla")),
+    "media-repeated": ClusterPolicy(
+        "media-repeated", "media-repeated", local=policy_named("vanilla")
+    ),
     **_rules(),
 }
 
@@ -121,8 +124,9 @@ def prepared(
             for server in cluster.servers
         }
         options = replace(options, paging=paging)
-        if policy.placed == "media":
-            cluster, placement = in_partitions(cluster, media(cluster, paging))
+        if policy.placed in ("media", "media-repeated"):
+            repeated = policy.placed == "media-repeated"
+            cluster, placement = in_partitions(cluster, media(cluster, paging, repeated=repeated))
         else:
             models = {name: one_piece(forms) for name, forms in cluster.models.items()}
             cluster = replace(cluster, models=models)

@@ -1,0 +1,304 @@
+"""Local search in large clusters: one server gets other columns, wherever prices say that it pays.
+
+The linear program of what a choice carries is kept and solved again from where it was, so that a
+change costs about a millisecond. Its prices say what a request is worth at each cut of each model,
+and what a second of each server is: a column whose requests are worth more than the server's time
+is tried there. To make room others become leaner, or go.
+
+The sustainable load is the least of all models' loads. Improving one of several poor models doesn't
+raise it, so what is maximised here is a concave sum: each step of load that a model gains counts
+half as much as the one below it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from lasagna.policy.cluster import Cluster, Server, sliced
+from lasagna.policy.columns import Column
+from lasagna.policy.flow import Choice, fits
+
+STEPS: Final = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""Shares of the bound at which another unit of load is worth half as much."""
+WORTH: Final = 0.5
+TRIED: Final = 24
+"""Columns that are tried between two looks at the prices."""
+EACH: Final = 3
+"""Of these, for one server."""
+GAIN: Final = 1e-6
+"""Of the sum that counts as better."""
+
+Array = NDArray[Any]
+
+
+def exchanged(
+    cluster: Cluster,
+    choice: Choice,
+    columns: Mapping[int, Sequence[Column]],
+    bound: float,
+    left: Callable[[], bool],
+) -> Choice:
+    """Change columns one server at a time, as long as that helps.
+
+    Args:
+        cluster: servers, models and load; limits of latency are not looked at.
+        choice: to begin with.
+        columns: of each server, by number, that it may have.
+        bound: on the scale.
+        left: whether there is time for another attempt.
+    """
+    return _Exchange(cluster, choice, columns, bound).run(left)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Columns that servers of one kind may have, as arrays."""
+
+    columns: Sequence[Column]
+    work_s: Array
+    begins: Array
+    ends: Array
+    firsts: Array
+    in_bytes: Array
+    out_bytes: Array
+    ways: Mapping[tuple[str, int, int], Sequence[Column]]
+
+
+class _Exchange:
+    def __init__(
+        self,
+        cluster: Cluster,
+        choice: Choice,
+        columns: Mapping[int, Sequence[Column]],
+        bound: float,
+    ) -> None:
+        self._cluster = cluster
+        self._program = program = _Program(cluster, bound)
+        self._here = [list(own) for own in choice.columns]
+        tables: dict[int, _Table] = {}
+        self._tables = []
+        for number in range(len(cluster.servers)):
+            own = columns[number]
+            table = tables.get(id(own))
+            if table is None:
+                ways: dict[tuple[str, int, int], list[Column]] = {}
+                for column in sorted(own, key=lambda c: c.work_s):
+                    ways.setdefault(_part(column), []).append(column)
+                table = tables[id(own)] = _Table(
+                    own,
+                    np.array([c.work_s for c in own]),
+                    np.array([program.row_of(c.model, c.first) for c in own]),
+                    np.array([program.row_of(c.model, c.last) for c in own]),
+                    np.array([c.first == 0 for c in own]),
+                    np.array([c.in_bytes for c in own], float),
+                    np.array([c.out_bytes for c in own], float),
+                    ways,
+                )
+            self._tables.append(table)
+        for number, own_columns in enumerate(self._here):
+            for column in own_columns:
+                program.put(number, column)
+        self._value = program.solve()
+
+    def run(self, left: Callable[[], bool]) -> Choice:
+        better = True
+        while better and left():
+            better = False
+            for number, column in self._promising():
+                if not left():
+                    break
+                if self._try(number, column):
+                    better = True
+                    break
+        return Choice(tuple(map(tuple, self._here)))
+
+    def _promising(self) -> list[tuple[int, Column]]:
+        """Columns that gain most for a second of a server's time, by the prices of now."""
+        prices = self._program.prices()
+        into, out = self._joints()
+        every: list[tuple[float, int, int]] = []
+        alike: dict[int, tuple[Array, Array]] = {}
+        for number, server in enumerate(self._cluster.servers):
+            table = self._tables[number]
+            if id(table) not in alike:
+                joined = np.isin(table.begins, into) & np.isin(table.ends, out)
+                alike[id(table)] = np.flatnonzero(joined), self._worth(table, prices)[joined]
+            places, worth = alike[id(table)]
+            time, come, leave = self._program.rows_of(number)
+            carried = prices[come] * table.in_bytes[places]
+            carried += prices[leave] * table.out_bytes[places]
+            gains = (worth - carried / server.bandwidth) / table.work_s[places] - prices[time]
+            best = np.argsort(-gains)[:EACH]
+            every += [(float(gains[index]), number, int(places[index])) for index in best]
+        every.sort(key=lambda one: (-one[0], one[1], one[2]))
+        return [
+            (number, self._tables[number].columns[index])
+            for gain, number, index in every[:TRIED]
+            if gain > GAIN and self._tables[number].columns[index] not in self._here[number]
+        ]
+
+    def _joints(self) -> tuple[list[int], list[int]]:
+        """Rows at which a part may begin, and end: where requests come to, or go on from."""
+        row_of, own = self._program.row_of, {c for here in self._here for c in here}
+        sources = {row_of(model, 0) for model in self._cluster.wanted}
+        into = {row_of(column.model, column.last) for column in own} - {-1}
+        out = {row_of(column.model, column.first) for column in own} - sources
+        return [*into, *sources], [*out, -1]
+
+    def _worth(self, table: _Table, prices: Array) -> Array:
+        """Of a request through each column: what it is worth behind it less what it is before."""
+        padded = np.append(prices, 0.0)  # row -1: requests that are answered
+        before: Array = np.where(table.firsts, padded[table.begins], -padded[table.begins])
+        worth: Array = -before - padded[table.ends]
+        return worth
+
+    def _try(self, number: int, column: Column) -> bool:
+        before = self._here[number]
+        for after in self._ways(number, column):
+            self._swap(number, before, after)
+            value = self._program.solve()
+            if value > self._value * (1 + GAIN):
+                self._value, self._here[number] = value, after
+                return True
+            self._swap(number, after, before)
+        self._program.solve()
+        return False
+
+    def _swap(self, number: int, before: Sequence[Column], after: Sequence[Column]) -> None:
+        for column in before:
+            if column not in after:
+                self._program.take(number, column)
+        for column in after:
+            if column not in before:
+                self._program.put(number, column)
+
+    def _ways(self, number: int, column: Column) -> Iterator[list[Column]]:
+        """Sets of columns for a server, with this one among them."""
+        server = self._cluster.servers[number]
+        others = [c for c in self._here[number] if _part(c) != _part(column)]
+        if fits(server, [*others, column]):
+            yield [*others, column]
+        else:
+            leaner = self._leaner(number, server, others, column)
+            if leaner is not None:
+                yield leaner
+        used = [c for c in others if self._program.rate(number, c) > 1e-9]
+        if len(used) < len(others) and fits(server, [*used, column]):
+            yield [*used, column]
+        for gone in others if len(others) > 1 else ():
+            rest = [c for c in others if c is not gone]
+            if fits(server, [*rest, column]):
+                yield [*rest, column]
+        yield [column]
+
+    def _leaner(
+        self, number: int, server: Server, others: Sequence[Column], column: Column
+    ) -> list[Column] | None:
+        """All of them, in ways that take less memory where they must."""
+        here = list(others)
+        for index, other in enumerate(others):
+            for way in self._tables[number].ways[_part(other)]:
+                if way.alone_bytes >= here[index].alone_bytes:
+                    continue
+                here[index] = way
+                if fits(server, [*here, column]):
+                    return [*here, column]
+        return None
+
+
+class _Program:
+    """The linear program of all columns that were ever tried; those that are out carry nothing."""
+
+    def __init__(self, cluster: Cluster, bound: float) -> None:
+        self._cluster = cluster
+        self._highs = highspy.Highs()  # type: ignore[no-untyped-call] # its stub lacks it
+        self._highs.silent()
+        self._highs.setOptionValue("threads", 1)
+        self._highs.changeObjectiveSense(highspy.ObjSense.kMaximize)
+        self._slices = {name: len(sliced(cluster.models[name]).slices) for name in cluster.wanted}
+        self._rows: dict[tuple[str, int], int] = {}
+        self._known: dict[tuple[int, Column], int] = {}
+        self._values: Sequence[float] = []
+        none = np.array([], np.int32)
+        for _ in range(3 * len(cluster.servers)):
+            self._highs.addRow(-highspy.kHighsInf, 1.0, 0, none, none.astype(float))
+        self._count = 3 * len(cluster.servers)
+        edges = [0.0, *STEPS]
+        for model in cluster.wanted:
+            source = self.row_of(model, 0)
+            for step, (low, high) in enumerate(itertools.pairwise(edges)):
+                self._column(WORTH**step, bound * (high - low), [source], [-cluster.demand[model]])
+            self._column(WORTH ** len(STEPS), highspy.kHighsInf, [source], [-cluster.demand[model]])
+
+    def rows_of(self, number: int) -> tuple[int, int, int]:
+        """Of a server's time, and its link in both directions."""
+        return 3 * number, 3 * number + 1, 3 * number + 2
+
+    def row_of(self, model: str, cut: int) -> int:
+        """Of requests at a cut; -1 where they are answered."""
+        if cut == self._slices[model]:
+            return -1
+        row = self._rows.get((model, cut))
+        if row is None:
+            none = np.array([], np.int32)
+            self._highs.addRow(0.0, 0.0, 0, none, none.astype(float))
+            row = self._rows[model, cut] = self._count
+            self._count += 1
+        return row
+
+    def put(self, number: int, column: Column) -> None:
+        """A server has a column."""
+        index = self._known.get((number, column))
+        if index is None:
+            server = self._cluster.servers[number]
+            time, come, leave = self.rows_of(number)
+            rows = [time, come, leave, self.row_of(column.model, column.first)]
+            values = [
+                column.work_s,
+                column.in_bytes / server.bandwidth,
+                column.out_bytes / server.bandwidth,
+                -1.0 if column.first else 1.0,
+            ]
+            end = self.row_of(column.model, column.last)
+            if end >= 0:
+                rows.append(end)
+                values.append(1.0)
+            self._known[number, column] = self._column(0.0, highspy.kHighsInf, rows, values)
+        else:
+            self._highs.changeColBounds(index, 0.0, highspy.kHighsInf)
+
+    def take(self, number: int, column: Column) -> None:
+        """A server has it no more."""
+        self._highs.changeColBounds(self._known[number, column], 0.0, 0.0)
+
+    def rate(self, number: int, column: Column) -> float:
+        """Requests a second through a column, of the last solution."""
+        return self._values[self._known[number, column]]
+
+    def solve(self) -> float:
+        """The sum that is maximised."""
+        self._highs.run()
+        self._values = list(self._highs.getSolution().col_value)
+        return float(self._highs.getInfo().objective_function_value)
+
+    def prices(self) -> Array:
+        """Of each row: what one more of it would be worth."""
+        return np.array(self._highs.getSolution().row_dual)
+
+    def _column(
+        self, gain: float, most: float, rows: Sequence[int], values: Sequence[float]
+    ) -> int:
+        indices = np.array(rows, np.int32)
+        self._highs.addCol(gain, 0.0, most, len(rows), indices, np.array(values, float))
+        return int(self._highs.getNumCol()) - 1
+
+
+def _part(column: Column) -> tuple[str, int, int]:
+    return column.model, column.first, column.last

@@ -1,0 +1,213 @@
+"""Plans judged by simulation: the last word belongs to the policies that will run them.
+
+The planner's model reckons with full batches, and with queues of each server for itself. How
+batches fill at a given load, and what routes make of that, only a simulation of the very schedulers
+and balancers shows. So a few plans of different kinds are each given the same requests, and the
+best of them is taken. Whole models on every server are among them: no plan is taken that loses to
+that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster
+from lasagna.policy.placed import Placement
+from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.plan import OBJECTIVES, Objective
+from lasagna.policy.spread import whole_models
+from lasagna.sim.arrivals import poisson, requests
+from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.options import Options
+from lasagna.sim.planner import Planner
+from lasagna.sim.policies import roomy
+
+REQUESTS: Final = 400
+"""Of one simulation: a mean within some percent."""
+LONGEST_S: Final = 60.0
+"""Of virtual time, for what is rarely asked for."""
+OVERLOAD: Final = 1.2
+"""Times what the best plan promises: more than any of them can answer."""
+WARM: Final = 0.2
+"""Share of the requests that come first and don't count at a load that can be carried."""
+MARGIN: Final = 0.02
+"""By which a plan must be better than a simpler one: less may be chance."""
+SHARES: Final = (0.3, 0.6)
+"""Of the time, at which the search for one plan, and for the other, is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to run a cluster.
+
+    Attributes:
+        name: how it came about.
+        placement: of parts.
+        style: objective that servers' own planners work for (``policy.plan.style_for``).
+    """
+
+    name: str
+    placement: Placement
+    style: Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a simulation says of a candidate.
+
+    Attributes:
+        candidate: it.
+        in_time: share of the requests that were answered within their limits.
+        throughput: answers a second.
+        mean_s: of an answer.
+    """
+
+    candidate: Candidate
+    in_time: float
+    throughput: float
+    mean_s: float
+
+    def beats(self, other: Verdict, objective: Objective) -> bool:
+        """Whether it is better; than another placement, by more than chance."""
+        margin = 0.0 if self.candidate.placement is other.candidate.placement else MARGIN
+        if objective == "throughput":
+            return self.throughput > (1 + margin) * other.throughput
+        if abs(self.in_time - other.in_time) > margin:
+            return self.in_time > other.in_time
+        return self.mean_s < (1 - margin) * other.mean_s
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The best of some plans.
+
+    Attributes:
+        best: of them.
+        verdicts: on those that were simulated, simple ones first; none if there was no time.
+    """
+
+    best: Candidate
+    verdicts: tuple[Verdict, ...]
+
+
+def plan_judged(
+    cluster: Cluster,
+    options: PlanOptions | None = None,
+    *,
+    clock: Callable[[], float] = lambda: 0.0,
+    seed: int = 0,
+    planner: Planner | None = None,
+) -> Judged:
+    """Make plans, simulate them, and take the best.
+
+    For objective ``throughput`` all are given more than any promises, and the most answers win; for
+    ``latency`` they are given the demand, and most answers in time win, then the least mean time.
+
+    Args:
+        cluster: servers, models and the expected load.
+        options: of the search; its time is for plans and simulations together, and what is being
+            simulated when it ends is finished.
+        clock: seconds of a steady clock.
+        seed: of the requests.
+        planner: to share divisions of memory with other simulations.
+
+    Raises:
+        BudgetError: as of ``policy.placement.plan_cluster``.
+    """
+    options = options or PlanOptions()
+    until_s = clock() + options.time_limit_s
+    found = candidates(cluster, options, clock)
+    planner = planner or Planner()
+    scale = 1.0
+    if options.objective == "throughput":
+        scale = OVERLOAD * max(one.placement.scale for one in found)
+    verdicts: list[Verdict] = []
+    for one in found:
+        if clock() > until_s:
+            break
+        verdict = _verdict(cluster, one, scale, options.objective, seed, planner)
+        if verdict is not None:
+            verdicts.append(verdict)
+    if not verdicts:
+        return Judged(found[-1], ())
+    return Judged(best_of(verdicts, options.objective).candidate, tuple(verdicts))
+
+
+def candidates(
+    cluster: Cluster, options: PlanOptions, clock: Callable[[], float]
+) -> list[Candidate]:
+    """Plans to choose from, the simplest first and the one that was asked for last.
+
+    Raises:
+        BudgetError: there is no plan.
+    """
+    styles = sorted(OBJECTIVES, key=lambda one: one == options.objective)
+    placements: list[tuple[str, Placement]] = []
+    with contextlib.suppress(BudgetError):  # some model fits on no server whole
+        placements.append(("whole models", whole_models(cluster)))
+    begin_s = clock()
+    for objective, share in zip(styles, SHARES, strict=True):
+        left_s = begin_s + share * options.time_limit_s - clock()
+        own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
+        try:
+            placement = plan_cluster(cluster, own, clock=clock)
+        except BudgetError:
+            if objective == options.objective:
+                raise
+            continue
+        if all(set(placement.parts) != set(other.parts) for _, other in placements):
+            placements.append((f"plan for {objective}", placement))
+    return [Candidate(name, placement, style) for name, placement in placements for style in styles]
+
+
+def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
+    """The first that no later one beats by more than chance."""
+    best = verdicts[0]
+    for verdict in verdicts[1:]:
+        if verdict.beats(best, objective):
+            best = verdict
+    return best
+
+
+def _verdict(
+    cluster: Cluster,
+    one: Candidate,
+    scale: float,
+    objective: Objective,
+    seed: int,
+    planner: Planner,
+) -> Verdict | None:
+    """Simulate; None where a server's own planner finds no room for what it is given."""
+    rate = scale * sum(cluster.demand[name] for name in cluster.wanted)
+    span_s = min(LONGEST_S, REQUESTS / rate)
+    rng = np.random.default_rng((seed, 1))
+    load = requests(
+        np.random.default_rng((seed, 2)),
+        poisson(rng, rate),
+        {name: cluster.demand[name] for name in cluster.wanted},
+        until_s=span_s,
+        limits_s=dict(cluster.limits_s),
+    )
+    overloaded = objective == "throughput"
+    try:
+        virtual = VirtualCluster(
+            cluster,
+            one.placement,
+            Options(settings=roomy(one.style)),
+            seed=seed,
+            planner=planner,
+        )
+        outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
+    except BudgetError:
+        return None
+    figures = outcome.requests.figures(since_s=0.0 if overloaded else WARM * span_s)
+    mean_s = figures.mean_s if math.isfinite(figures.mean_s) else float("inf")
+    in_time = (figures.answered - figures.late) / max(1, figures.count)
+    return Verdict(one, in_time, figures.throughput, mean_s)

@@ -1,0 +1,92 @@
+"""Promise: of several plans the one that serves best in simulation is taken, or the simplest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+import pytest
+from tests.sim.cases import MACHINE, MB, cluster, model, servers
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster
+from lasagna.policy.placement import PlanOptions
+from lasagna.sim.judging import Judged, Verdict, best_of, plan_judged
+from lasagna.sim.planner import Planner
+
+PLANNER = Planner()
+SMALL = model(4, 0.01)
+LARGE = model(6, 0.03, weight=12 * MB)
+
+
+def judged(given: Cluster, options: PlanOptions) -> Judged:
+    return plan_judged(given, options, planner=PLANNER)
+
+
+def verdict(found: Judged) -> Verdict:
+    return next(one for one in found.verdicts if one.candidate is found.best)
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize("mbit", [1, 1000])
+def test_no_plan_is_taken_that_loses_to_whole_models(objective: str, mbit: float) -> None:
+    """In the same simulation; over slow links, where splitting costs most, too."""
+    given = cluster(servers(3, bandwidth=mbit * 125_000), {"a": SMALL, "b": LARGE}, rate=3.0)
+    found = judged(given, PlanOptions(objective, 2.0))  # type: ignore[arg-type]
+    best = verdict(found)
+    plain = [one for one in found.verdicts if one.candidate.name == "whole models"]
+    assert plain
+    for one in plain:
+        if objective == "throughput":
+            assert best.throughput >= one.throughput
+        else:
+            assert best.mean_s <= one.mean_s
+
+
+def test_over_slow_links_nothing_is_split() -> None:
+    given = cluster(servers(3, bandwidth=125_000), {"b": LARGE}, rate=0.5)
+    found = judged(given, PlanOptions("latency", 2.0))
+    assert {(part.first, part.last) for part in found.best.placement.parts} == {(0, 6)}
+
+
+def test_without_time_the_plan_is_taken_as_it_is() -> None:
+    """A clock that runs ahead: nothing is simulated, and there still is a plan."""
+    ticks = count()
+    given = cluster(servers(2), {"a": SMALL}, rate=1.0)
+    found = plan_judged(given, PlanOptions(time_limit_s=3.0), clock=lambda: 10.0 * next(ticks))
+    assert not found.verdicts
+    assert found.best.style == "throughput"
+    assert found.best.placement.scale > 0
+
+
+def test_the_same_seed_gives_the_same_verdicts() -> None:
+    given = cluster(servers(2), {"a": SMALL, "b": LARGE}, rate=3.0)
+    once, again = (judged(given, PlanOptions("latency", 2.0)) for _ in range(2))
+    assert [(v.mean_s, v.in_time) for v in once.verdicts] == [
+        (v.mean_s, v.in_time) for v in again.verdicts
+    ]
+    assert once.best.name == again.best.name
+
+
+def test_a_model_that_fits_no_server_whole_is_planned_all_the_same() -> None:
+    """Then whole models are not among the candidates."""
+    tiny = replace(MACHINE, budget=14 * MB)
+    wide = replace(model(6, 0.03, weight=5 * MB), running_bytes=(6 * MB,) * 6)
+    given = cluster(servers(2, tiny), {"a": wide}, rate=1.0)
+    try:
+        found = judged(given, PlanOptions("throughput", 2.0))
+    except BudgetError:
+        pytest.skip("this machine's margins leave no room for any part")
+    assert found.verdicts
+
+
+def test_a_plan_that_is_hardly_better_does_not_displace_a_simple_one() -> None:
+    """Less than two percent may be chance."""
+    given = cluster(servers(2), {"a": SMALL}, rate=1.0)
+    plain = verdict(judged(given, PlanOptions("latency", 1.0)))
+    other = replace(plain.candidate, placement=replace(plain.candidate.placement), name="other")
+    close = Verdict(other, plain.in_time, plain.throughput * 1.01, plain.mean_s * 0.99)
+    far = Verdict(other, plain.in_time, plain.throughput * 1.05, plain.mean_s * 0.95)
+    for objective in ("throughput", "latency"):
+        assert best_of([plain, close], objective) is plain
+        assert best_of([plain, far], objective) is far
