@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.policy.machine import MB, linear
 
 from lasagna.errors import BudgetError, UsageError
-from lasagna.policy.balancer import RULES, Balancer, Belief
+from lasagna.policy.balancer import RULES, Balancer
 from lasagna.policy.balancer_events import (
     Asked,
     Dispatch,
@@ -23,6 +23,7 @@ from lasagna.policy.balancer_events import (
     ServerBack,
     ServerLost,
 )
+from lasagna.policy.beliefs import Belief
 from lasagna.policy.cluster import Cluster, Part, Server, is_chain
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.sim.cases import servers
 
-from lasagna.policy.balancer import Belief
+from lasagna.policy.beliefs import Belief
 
 WORK_S = 1.0
 

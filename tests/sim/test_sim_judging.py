@@ -55,7 +55,7 @@ def test_without_time_the_plan_is_taken_as_it_is() -> None:
     given = cluster(servers(2), {"a": SMALL}, rate=1.0)
     found = plan_judged(given, PlanOptions(time_limit_s=3.0), clock=lambda: 10.0 * next(ticks))
     assert not found.verdicts
-    assert found.best.style == "throughput"
+    assert found.best.aim == "throughput"
     assert found.best.placement.scale > 0
 
 

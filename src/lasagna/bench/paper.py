@@ -39,6 +39,7 @@ from lasagna.policy.costs import Forms
 from lasagna.policy.paging import HOT_BYTES
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.plan import style_for
 from lasagna.policy.spread import whole_models
 from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival, poisson, requests
@@ -209,7 +210,7 @@ def _unloaded_s(cluster: Cluster, plan: Placement) -> float:
         placement = whole_models(cluster)
     except BudgetError:
         placement = plan
-    virtual = VirtualCluster(cluster, placement, Options(settings=roomy("latency")))
+    virtual = VirtualCluster(cluster, placement, Options(settings=roomy(style_for("latency"))))
     (model,) = cluster.models
     lone = (Arrival(n / LONE_RATE, model) for n in range(1, 11))
     return virtual.run(lone).requests.figures().mean_s

@@ -26,7 +26,7 @@ from lasagna.errors import UsageError
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
-from lasagna.policy.plan import Objective, objective_named, style_for
+from lasagna.policy.plan import Objective, objective_named
 from lasagna.sim.judging import Candidate, Judged, plan_judged
 from lasagna.units import format_bytes
 
@@ -80,7 +80,7 @@ def plan(
             cluster,
             placement,
             lambda done, total: bar.update(task, completed=done, total=total),
-            style=style_for(judged.best.style),  # as ``policy.settle`` has reckoned
+            style=judged.best.style,  # as ``policy.settle`` has reckoned
         )
     written = []
     report = msgspec.json.format(msgspec.json.encode(report_of(cluster, judged, lanes)))
@@ -156,11 +156,11 @@ def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mappin
     return {
         "format": FORMAT,
         "plan": judged.best.name,
-        "servers_work_for": judged.best.style,
+        "servers_work_for": judged.best.aim,
         "simulated": [
             {
                 "plan": one.candidate.name,
-                "servers_work_for": one.candidate.style,
+                "servers_work_for": one.candidate.aim,
                 "in_time": one.in_time,
                 "answers_per_s": one.throughput,
                 "mean_s": one.mean_s if math.isfinite(one.mean_s) else None,
@@ -286,7 +286,7 @@ def _verdict_table(judged: Judged) -> Table:
         style = "bold" if one.candidate is judged.best else ""
         table.add_row(
             Text(one.candidate.name, style=style),
-            one.candidate.style,
+            one.candidate.aim,
             f"{100 * one.in_time:.0f} %",
             f"{one.throughput:.3g}",
             _milliseconds(one.mean_s),

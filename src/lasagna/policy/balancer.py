@@ -6,11 +6,8 @@ in which a part takes
 
     carrying the request there + waiting for what is before it + going through
 
-The wait is what the balancer believes of the server: a leaky bucket that its own requests fill, by
-the work that each means when batches are full, that drains by a second each second, and that every
-report of the server sets right. So the belief is wrong by what others have sent to that server
-since it was measured, which ``Belief.age_s`` bounds: no more than arrives in the reporting period
-and the delay of a report, and no more than that much time can drain.
+and carrying includes the wait for what is before it at the links. What the balancer believes of
+servers and links is in ``policy.beliefs``.
 
 A server's time is not all that is scarce: the cheapest route of one model may take the only server
 on which another can live. The plan has reckoned with that. So each part has a bucket of its own as
@@ -23,7 +20,6 @@ The other rules are for comparison. They choose hop by hop, and know less.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, assert_never
@@ -42,86 +38,9 @@ from lasagna.policy.balancer_events import (
     ServerBack,
     ServerLost,
 )
-from lasagna.policy.cluster import Cluster, Part, Server, carry_s, sliced
+from lasagna.policy.beliefs import Belief, Bucket, carried_s
+from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.placed import PartCosts, Placement, connected
-
-SENDS_KEPT: Final = 10_000
-"""Requests of a server that are remembered until its next report."""
-
-
-@dataclass(slots=True, eq=False)
-class Belief:
-    """What is believed of one server.
-
-    Attributes:
-        server: that it is about.
-        alive: whether requests may be sent there.
-        outstanding: requests that are on their way to it or in it.
-        factor: by which it is slower than predicted.
-        measured_s: when the last report was measured.
-    """
-
-    server: Server
-    alive: bool = True
-    outstanding: int = 0
-    factor: float = 1.0
-    measured_s: float = float("-inf")
-    _level_s: float = 0.0
-    _at_s: float = 0.0
-    _sends: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SENDS_KEPT))
-
-    def backlog_s(self, now_s: float) -> float:
-        """Seconds of work before a request that comes in then."""
-        return max(0.0, self._level_s - max(0.0, now_s - self._at_s))
-
-    def through_s(self, costs: PartCosts, rows: int) -> float:
-        """Seconds of a request in it, when its turn has come."""
-        return self.factor * (costs.through_s + (rows - 1) * costs.work_s)
-
-    def send(self, arrives_s: float, work_s: float) -> None:
-        """A request will come in there, and mean so much work."""
-        self._sends.append((arrives_s, work_s))
-        self._fill(arrives_s, work_s)
-
-    def report(self, measured_s: float, backlog_s: float, factor: float) -> None:
-        """It was so; what was sent since then comes on top."""
-        if measured_s < self.measured_s:
-            return  # overtaken on its way
-        self.measured_s, self.factor = measured_s, factor
-        self._level_s, self._at_s = backlog_s, measured_s
-        # A request sent later may arrive earlier, by a shorter way: so not only the first are over.
-        coming = [send for send in self._sends if send[0] > measured_s]
-        self._sends.clear()
-        for arrives_s, work_s in coming:
-            self.send(arrives_s, work_s)
-
-    def age_s(self, now_s: float) -> float:
-        """Seconds since the last report was measured: what others did since is not known."""
-        return now_s - self.measured_s
-
-    def empty(self) -> None:
-        """It has begun anew."""
-        self._level_s = 0.0
-        self._sends.clear()
-
-    def _fill(self, at_s: float, work_s: float) -> None:
-        self._level_s = self.backlog_s(at_s) + work_s
-        self._at_s = max(self._at_s, at_s)
-
-
-@dataclass(slots=True, eq=False)
-class _Share:
-    """Of a part's planned rate, what has been used of late: seconds until it is free again."""
-
-    level_s: float = 0.0
-    at_s: float = 0.0
-
-    def wait_s(self, now_s: float) -> float:
-        return max(0.0, self.level_s - max(0.0, now_s - self.at_s))
-
-    def use(self, now_s: float, rate: float, rows: int) -> None:
-        self.level_s = self.wait_s(now_s) + rows / rate
-        self.at_s = max(self.at_s, now_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -164,7 +83,7 @@ class Balancer:
         self._routes: dict[int, tuple[tuple[Part, ...], int]] = {}
         self._asked: dict[int, Asked] = {}
         self._placement = placement
-        self._shares: dict[Part, _Share] = {}
+        self._shares: dict[Part, Bucket] = {}
         self._busy: dict[str, float] = {}
         self._take(placement)
 
@@ -241,31 +160,40 @@ class Balancer:
         return Dispatch(event.request, route, expected_s)
 
     def _note(self, event: Asked, route: tuple[Part, ...]) -> None:
-        """Believe what the route's servers will have to do."""
+        """Believe what the route's servers and links will have to do."""
         self._routes[event.request] = route, 0
         self.servers[route[0].server].outstanding += 1
-        comes_s, _ = self._times(event, route)
+        comes_s, _ = self._times(event, route, note=True)
         for part, time_s in zip(route, comes_s, strict=True):
             costs, belief = self._placement.parts[part], self.servers[part.server]
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
             if costs.rate > 0.0:
-                share = self._shares.setdefault(part, _Share())
+                share = self._shares.setdefault(part, Bucket())
                 busy = min(1.0, self._busy[part.server])
                 rate = costs.rate / busy / belief.factor / self._balancers
-                share.use(event.at_s, rate, event.rows)
+                share.fill(event.at_s, event.rows / rate)
 
-    def _times(self, event: Asked, route: tuple[Part, ...]) -> tuple[list[float], float]:
-        """When a request is expected at each of its parts, and when its answer is."""
+    def _times(
+        self, event: Asked, route: tuple[Part, ...], *, note: bool = False
+    ) -> tuple[list[float], float]:
+        """When a request is expected at each of its parts, and when its answer is.
+
+        Args:
+            event: the request.
+            route: of it.
+            note: believe of links that its bytes are on them.
+        """
+        others = self._balancers if note else 0
         comes_s: list[float] = []
         now_s, before = event.at_s, None
         for part in route:
             costs, belief = self._placement.parts[part], self.servers[part.server]
-            now_s += carry_s(costs.in_bytes * event.rows, before, belief.server)
+            now_s = carried_s(costs.in_bytes * event.rows, now_s, before, belief, others)
             comes_s.append(now_s)
             now_s += belief.backlog_s(now_s) + belief.through_s(costs, event.rows)
-            before = belief.server
+            before = belief
         size = self._placement.parts[route[-1]].out_bytes * event.rows
-        return comes_s, now_s + carry_s(size, before, None)
+        return comes_s, carried_s(size, now_s, before, None, others)
 
     def _passed(self, request: int, hop: int) -> None:
         """The request is on its way to the part with this number."""
@@ -324,14 +252,14 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
         for part, costs in network.begins[cut]:
             belief = balancer.servers[part.server]
             for server, time_s, route in here:
-                before = balancer.servers[server].server if server else None
-                comes_s = time_s + carry_s(costs.in_bytes * event.rows, before, belief.server)
+                before = balancer.servers[server] if server else None
+                comes_s = carried_s(costs.in_bytes * event.rows, time_s, before, belief)
                 held_s = balancer.held_s(part, event.at_s)
                 ends_s = comes_s + max(belief.backlog_s(comes_s), held_s)
                 ends_s += belief.through_s(costs, event.rows)
                 longer = (*route, part)
                 if part.last == network.slices:
-                    ends_s += carry_s(costs.out_bytes * event.rows, belief.server, None)
+                    ends_s = carried_s(costs.out_bytes * event.rows, ends_s, belief, None)
                     if best is None or (ends_s, -costs.rate) < best[:2]:
                         best = ends_s, -costs.rate, longer
                     continue

@@ -32,13 +32,15 @@ from lasagna.policy.staging import Staging
 from lasagna.units import whole_pages
 
 SHARES: Final = (0.0, 0.5, 1.0)
-"""Of a part's weights that may be pinned."""
+"""Of a part's weights that may be pinned; beside as much as there is room for."""
 RUNNING: Final = (0.08, 0.25, 0.6)
 """Shares of a server's memory that the running batch may take."""
 SLOTS: Final = 2
 """Of the ring: one to compute from, one to be filled. A server with more room makes it longer."""
 CUTS: Final = 8
 """So many cuts of a model are considered, beside its ends."""
+ALONE: Final = 16
+"""The same, where there is only one model."""
 MAX_ROWS: Final = 32
 
 
@@ -104,12 +106,15 @@ def shape_of(server: Server) -> Machine:
     return server.machine.shapes()[-1]
 
 
-def columns_of(cluster: Cluster, cuts: Mapping[str, Sequence[int]]) -> list[Column]:
+def columns_of(
+    cluster: Cluster, cuts: Mapping[str, Sequence[int]], *, lone: bool = False
+) -> list[Column]:
     """All columns that fit on some server alone and that none beats.
 
     Args:
         cluster: servers and models.
         cuts: of each model, where parts may begin and end, without its ends.
+        lone: of requests that meet no others, too: without batches there is more room for weights.
     """
     found: list[Column] = []
     known: dict[tuple[str, Machine, float], Staging] = {}
@@ -123,8 +128,10 @@ def columns_of(cluster: Cluster, cuts: Mapping[str, Sequence[int]]) -> list[Colu
             staging = known.get(key)
             if staging is None:
                 staging = known[key] = Staging(costs, shape_of(server), MAX_ROWS)
-            for share in RUNNING:
-                stages = staging.within(int(room * share))
+            every = [staging.within(int(room * share)) for share in RUNNING]
+            if lone:
+                every.append((Stage(0, len(costs.slices), 1),))
+            for stages in every:
                 sums = _Sums(costs, stages, shape_of(server))
                 for a, first in enumerate(ends[:-1]):
                     for last in ends[a + 1 :]:
@@ -206,8 +213,10 @@ class _Sums:
         made = []
         lanes = self.machine.lanes
         running_bytes = lanes * whole_pages(running) + whole_pages(workspace) + inputs
-        for share in SHARES:
-            pinned, through = int(share * weights), ring if share < 1 else 0
+        rest = room - waiting - running_bytes - ring  # what is left for pins on a server of its own
+        shares = {int(share * weights) for share in SHARES} | {max(0, min(weights, rest))}
+        for pinned in sorted(shares):
+            through = ring if pinned < weights else 0
             if pinned + waiting + running_bytes + through > room:
                 continue
             loads = self._loads(stages, pinned)

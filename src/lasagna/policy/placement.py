@@ -16,7 +16,7 @@ from typing import Final
 
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, sliced
-from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
+from lasagna.policy.columns import ALONE, CUTS, Column, columns_of, cuts_of, kinds_of
 from lasagna.policy.exchange import exchanged
 from lasagna.policy.flow import (
     Choice,
@@ -91,8 +91,9 @@ def plan_cluster(
     """
     options = options or PlanOptions()
     until_s = clock() + options.time_limit_s
-    cuts = {name: cuts_of(sliced(cluster.models[name])) for name in cluster.wanted}
-    columns = columns_of(cluster, cuts)
+    count = ALONE if len(cluster.wanted) == 1 else CUTS
+    cuts = {name: cuts_of(sliced(cluster.models[name]), count) for name in cluster.wanted}
+    columns = columns_of(cluster, cuts, lone=options.objective == "latency")
     require_chains(cluster, columns)
     settling = options.settled and not options.exact and moving is free_of_charge
     left_s = (until_s - clock()) * (SEARCHING if settling else 1.0)

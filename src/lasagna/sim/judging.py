@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,7 +21,7 @@ from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
-from lasagna.policy.plan import OBJECTIVES, Objective
+from lasagna.policy.plan import OBJECTIVES, Objective, Style, style_for
 from lasagna.policy.spread import whole_models
 from lasagna.sim.arrivals import poisson, requests
 from lasagna.sim.cluster import VirtualCluster
@@ -32,9 +32,20 @@ from lasagna.sim.policies import roomy
 REQUESTS: Final = 400
 """Of one simulation: a mean within some percent."""
 LONGEST_S: Final = 60.0
-"""Of virtual time, for what is rarely asked for."""
+"""Of virtual time, unless there would be too few requests."""
+FEW: Final = 20
+"""Requests of a simulation at least, where they are rare."""
+REPORTS: Final = 2000
+"""Of each server in a simulation at most: where requests are rare, little changes between them."""
 OVERLOAD: Final = 1.2
 """Times what the best plan promises: more than any of them can answer."""
+REPORT_S: Final = Options().report_s
+STYLES: Final[Mapping[str, Style]] = {
+    "throughput": style_for("throughput"),
+    "latency": style_for("latency"),
+    "lone requests": replace(style_for("latency"), max_rows=1),
+}
+"""By what servers' own planners work for. Without batches there is more room for weights."""
 WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
 MARGIN: Final = 0.02
@@ -50,12 +61,17 @@ class Candidate:
     Attributes:
         name: how it came about.
         placement: of parts.
-        style: objective that servers' own planners work for (``policy.plan.style_for``).
+        aim: what servers' own planners work for, one of ``STYLES``.
     """
 
     name: str
     placement: Placement
-    style: Objective
+    aim: str
+
+    @property
+    def style(self) -> Style:
+        """In which servers' own planners divide memory."""
+        return STYLES[self.aim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +164,25 @@ def candidates(
     Raises:
         BudgetError: there is no plan.
     """
-    styles = sorted(OBJECTIVES, key=lambda one: one == options.objective)
+    wanted = options.objective
+    aims = ["lone requests", "throughput", "latency"] if wanted == "latency" else [wanted]
+    objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
     placements: list[tuple[str, Placement]] = []
     with contextlib.suppress(BudgetError):  # some model fits on no server whole
         placements.append(("whole models", whole_models(cluster)))
     begin_s = clock()
-    for objective, share in zip(styles, SHARES, strict=True):
+    for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
         own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
         try:
             placement = plan_cluster(cluster, own, clock=clock)
         except BudgetError:
-            if objective == options.objective:
+            if objective == wanted:
                 raise
             continue
         if all(set(placement.parts) != set(other.parts) for _, other in placements):
             placements.append((f"plan for {objective}", placement))
-    return [Candidate(name, placement, style) for name, placement in placements for style in styles]
+    return [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
 
 
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
@@ -186,7 +204,7 @@ def _verdict(
 ) -> Verdict | None:
     """Simulate; None where a server's own planner finds no room for what it is given."""
     rate = scale * sum(cluster.demand[name] for name in cluster.wanted)
-    span_s = min(LONGEST_S, REQUESTS / rate)
+    span_s = max(FEW / rate, min(LONGEST_S, REQUESTS / rate))
     rng = np.random.default_rng((seed, 1))
     load = requests(
         np.random.default_rng((seed, 2)),
@@ -200,7 +218,7 @@ def _verdict(
         virtual = VirtualCluster(
             cluster,
             one.placement,
-            Options(settings=roomy(one.style)),
+            Options(settings=roomy(one.style), report_s=max(REPORT_S, span_s / REPORTS)),
             seed=seed,
             planner=planner,
         )

@@ -18,7 +18,7 @@ from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging
 from lasagna.policy.placed import PartCosts, Placement
-from lasagna.policy.plan import Objective, style_for
+from lasagna.policy.plan import Style
 from lasagna.policy.spread import whole_models
 from lasagna.policy.state import Settings
 from lasagna.sim.options import Options
@@ -106,13 +106,14 @@ def prepared(
         cluster: servers, models and load.
         plan: the planner's placement of it.
         options: of the simulation; rule, style and paging are the policy's, but for whether threads
-            may have a batch each.
+            may have a batch each, and how large batches may be.
         page_s: seconds of one page's eviction and load, where the kernel pages.
 
     Raises:
         BudgetError: some model fits on no server whole, or MEDIA has fewer servers than models.
     """
-    style = replace(policy.local.style, apart=options.settings.style.apart)
+    own, given = policy.local.style, options.settings.style
+    style = replace(own, apart=given.apart, max_rows=min(own.max_rows, given.max_rows))
     settings = replace(options.settings, style=style, in_order=policy.local.in_order)
     options = replace(options, rule=policy.rule, settings=settings)
     if policy.placed != "plan":
@@ -180,10 +181,10 @@ def one_piece(forms: Forms) -> Forms:
     return (replace(whole[0], form=SLICED, copies_bytes=0),) if whole else forms[:1]
 
 
-def roomy(objective: Objective = "throughput") -> Settings:
-    """Servers that refuse nothing, as balancers decide who is let in, and share work as planned.
+def roomy(style: Style | None = None) -> Settings:
+    """Servers that refuse nothing, as balancers decide who is let in.
 
     Args:
-        objective: of the plan: for latency all threads compute one batch (``policy.settle``).
+        style: in which servers' own planners divide memory, and share work; by default all.
     """
-    return Settings(queue_rows=10**9, style=style_for(objective))
+    return Settings(queue_rows=10**9, style=style or Style())

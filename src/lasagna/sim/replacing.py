@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 from lasagna.errors import BudgetError
-from lasagna.policy.balancer import Belief
 from lasagna.policy.balancer_events import Replaced
+from lasagna.policy.beliefs import Belief
 from lasagna.policy.cluster import Cluster, Part, part_of, sliced
 from lasagna.policy.placed import PartCosts, Placement
 from lasagna.policy.placement import PlanOptions

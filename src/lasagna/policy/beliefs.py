@@ -1,0 +1,130 @@
+"""What a balancer believes of servers and links: leaky buckets, filled by what it sends.
+
+A bucket drains by a second each second. A server's is filled by the work that each request means
+when batches are full, and every report of the server sets it right. So that belief is wrong by what
+others have sent to the server since it was measured, which ``Belief.age_s`` bounds: no more than
+arrives in the reporting period and the delay of a report, and no more than that much time can
+drain. Of links there are no reports: other balancers are believed to send as much as this one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from lasagna.policy.cluster import Server
+from lasagna.policy.placed import PartCosts
+
+SENDS_KEPT: Final = 10_000
+"""Requests of a server that are remembered until its next report."""
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """Seconds until something is free that serves one thing after the other."""
+
+    level_s: float = 0.0
+    at_s: float = 0.0
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds from then on."""
+        return max(0.0, self.level_s - max(0.0, now_s - self.at_s))
+
+    def fill(self, at_s: float, work_s: float) -> None:
+        """So much more from then on."""
+        self.level_s = self.wait_s(at_s) + work_s
+        self.at_s = max(self.at_s, at_s)
+
+
+@dataclass(slots=True, eq=False)
+class Belief:
+    """What is believed of one server.
+
+    Attributes:
+        server: that it is about.
+        alive: whether requests may be sent there.
+        outstanding: requests that are on their way to it or in it.
+        factor: by which it is slower than predicted.
+        measured_s: when the last report was measured.
+        down: its link towards it; up: from it.
+    """
+
+    server: Server
+    alive: bool = True
+    outstanding: int = 0
+    factor: float = 1.0
+    measured_s: float = float("-inf")
+    down: Bucket = field(default_factory=Bucket)
+    up: Bucket = field(default_factory=Bucket)
+    _work: Bucket = field(default_factory=Bucket)
+    _sends: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SENDS_KEPT))
+
+    def backlog_s(self, now_s: float) -> float:
+        """Seconds of work before a request that comes in then."""
+        return self._work.wait_s(now_s)
+
+    def through_s(self, costs: PartCosts, rows: int) -> float:
+        """Seconds of a request in it, when its turn has come."""
+        return self.factor * (costs.through_s + (rows - 1) * costs.work_s)
+
+    def send(self, arrives_s: float, work_s: float) -> None:
+        """A request will come in there, and mean so much work."""
+        self._sends.append((arrives_s, work_s))
+        self._work.fill(arrives_s, work_s)
+
+    def report(self, measured_s: float, backlog_s: float, factor: float) -> None:
+        """It was so; what was sent since then comes on top."""
+        if measured_s < self.measured_s:
+            return  # overtaken on its way
+        self.measured_s, self.factor = measured_s, factor
+        self._work = Bucket(backlog_s, measured_s)
+        # A request sent later may arrive earlier, by a shorter way: so not only the first are over.
+        coming = [send for send in self._sends if send[0] > measured_s]
+        self._sends.clear()
+        for arrives_s, work_s in coming:
+            self.send(arrives_s, work_s)
+
+    def age_s(self, now_s: float) -> float:
+        """Seconds since the last report was measured: what others did since is not known."""
+        return now_s - self.measured_s
+
+    def empty(self) -> None:
+        """It has begun anew."""
+        self._work, self.down, self.up = Bucket(), Bucket(), Bucket()
+        self._sends.clear()
+
+
+def carried_s(
+    size: int, now_s: float, sender: Belief | None, receiver: Belief | None, senders: int = 0
+) -> float:
+    """When bytes that are sent then are expected to be there.
+
+    Links carry one thing after the other. What comes over two of them is on both at once: the
+    second begins as soon as the first byte is at the switch.
+
+    Args:
+        size: bytes.
+        now_s: when they are sent.
+        sender: whose link they leave by; None for a client.
+        receiver: whose link they come by; None for a client.
+        senders: who sends as much at the same time, this one included: so many times is noted on
+            the links. 0 for a question only.
+    """
+    if sender is receiver:
+        return now_s
+    first_s = last_s = now_s
+    if sender is not None:
+        takes_s = size / sender.server.bandwidth
+        begin_s = now_s + sender.up.wait_s(now_s)
+        if senders:
+            sender.up.fill(now_s, senders * takes_s)
+        first_s = begin_s + sender.server.delay_s
+        last_s = first_s + takes_s
+    if receiver is not None:
+        takes_s = size / receiver.server.bandwidth
+        ends_s = first_s + receiver.down.wait_s(first_s) + takes_s
+        if senders:
+            receiver.down.fill(first_s, senders * takes_s)
+        last_s = max(ends_s, last_s) + receiver.server.delay_s
+    return last_s
