@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Final
 
 from lasagna.policy.predictions import Predictions
 from lasagna.policy.stages import ROWS
 from lasagna.policy.state import NEVER, ModelState, Request, Running, StageState
 
+TURNS: Final = 0.5
+"""Share of the time that a request may take, for one pass: it waits for another one at worst."""
 _OVERDUE, _URGENT, _EFFICIENT = 0.0, 1.0, 2.0
 """Why a visit goes first; the least does."""
 
@@ -44,10 +47,14 @@ class Choice:
         self._longest_s = max(visits, default=0.0)
 
     def rests_s(self, model: ModelState) -> list[float]:
-        """Seconds that a row takes of the server from each stage to the end, in full batches."""
+        """Seconds that a row takes of the server from each stage to the end, in full batches.
+
+        A batch is full when it has as many rows as deadlines allow (``full``).
+        """
         if model.rests_s is None:
             own_s = [
-                self._visit_s(model, one, one.plan.rows) / one.plan.rows for one in model.stages
+                self._visit_s(model, one, self.full(model, one)) / self.full(model, one)
+                for one in model.stages
             ]
             model.rests_s = list(accumulate(reversed(own_s)))[::-1]
         return model.rests_s
@@ -70,16 +77,48 @@ class Choice:
 
     def _gather_s(self, model: ModelState, stage: StageState) -> float:
         """Seconds in which a full batch comes together, when the server does nothing else."""
-        return self._lanes * stage.plan.rows * self.row_s(model)
+        return self._lanes * self.full(model, stage) * self.row_s(model)
 
     def row_s(self, model: ModelState) -> float:
         """Seconds that a row takes of the server, when all batches are full."""
         if model.row_s is None:
-            model.row_s = sum(
-                self._visit_s(model, stage, stage.plan.rows) / stage.plan.rows
-                for stage in model.stages
-            )
+            rests_s = self.rests_s(model)
+            model.row_s = rests_s[0] if rests_s else 0.0
         return model.row_s
+
+    def full(self, model: ModelState, stage: StageState) -> int:
+        """Rows of a full batch at a stage: the plan's, or fewer so that deadlines can be met."""
+        if model.limit_s == NEVER:
+            return stage.plan.rows
+        return min(stage.plan.rows, self._most(model)[0])
+
+    def answer_s(self, model: ModelState, now_s: float, wait_s: float, deadline_s: float) -> float:
+        """When a request that comes in now would be answered: in a full batch, if it has to wait.
+
+        Args:
+            model: that it is for.
+            now_s: the time.
+            wait_s: seconds of work before it.
+            deadline_s: of it; without one there is no answer too late, so none is reckoned.
+        """
+        if deadline_s == NEVER:
+            return now_s
+        turn_s = self._most(model)[1] if wait_s > 0.0 else self.through_s(model, 0)
+        return now_s + wait_s + turn_s
+
+    def _most(self, model: ModelState) -> tuple[int, float]:
+        """The most rows that pass all stages together in their share of the time; and that pass."""
+        if model.most is None:
+            for rows in reversed(ROWS):
+                takes_s = 0.0
+                for stage in model.stages:
+                    each = min(rows, stage.plan.rows)
+                    visits = -(-rows // each)
+                    takes_s += visits * self._predictions.alone_s(model, stage, each)
+                if takes_s <= TURNS * model.limit_s:
+                    break
+            model.most = rows, takes_s
+        return model.most
 
     def through_s(self, model: ModelState, index: int) -> float:
         """Seconds that a row needs from this stage to the end, alone."""
@@ -116,7 +155,7 @@ class Choice:
                     rows += model.outside.rows
                 if not rows:
                     continue
-                rows = min(rows, self._lanes * stage.plan.rows)
+                rows = min(rows, self._lanes * self.full(model, stage))
                 if index + 1 < len(model.stages):
                     following = model.stages[index + 1]
                     rows = min(rows, following.capacity - following.held)
@@ -169,7 +208,7 @@ class Choice:
             slack_s = deadline_s - now_s - self.through_s(model, index)
             if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
                 return (_URGENT, deadline_s)
-        full, each = stage.plan.rows, -(-rows // self._lanes)
+        full, each = self.full(model, stage), -(-rows // self._lanes)
         share = rows / (self._lanes * full)
         efficiency = share * self._visit_s(model, stage, full) / self._visit_s(model, stage, each)
         return (_EFFICIENT, -round(efficiency, 6), -index, behind, since_s)

@@ -100,7 +100,7 @@ class Scheduler:
 
     @property
     def slowness(self) -> float:
-        """Measured over predicted seconds of computing of late: above 1 where it has slowed."""
+        """Measured over predicted seconds of computing of late."""
         return self._predictions.slowness
 
     @property
@@ -158,12 +158,13 @@ class Scheduler:
             return
         wait_s = self.backlog_s()
         request = Request(event, event.rows, event.rows)
-        deadline_s = request.deadline_s
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
             self._refuse(request, wait_s, reason, out)
             return
-        if event.at_s + wait_s + self._choice.through_s(model, 0) > deadline_s:
+        deadline_s = request.deadline_s
+        model.limited(deadline_s - event.at_s)
+        if self._choice.answer_s(model, event.at_s, wait_s, deadline_s) > deadline_s:
             reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
             self._refuse(request, wait_s, reason, out)
             return
@@ -389,8 +390,7 @@ class Scheduler:
         assert head is not None
         count = min(head.rows, limit)
         part = Rows(head.request, head.first, count, head.since_s)
-        work_s = count * self._choice.row_s(model)
-        model.outside.take(head, count, work_s)
+        model.outside.take(head, count, count * self._choice.row_s(model))
         stage.held += count
         self._requests[part.request].take(count)
         return part

@@ -16,6 +16,8 @@ from lasagna.policy.stages import Stage, waiting_rows
 
 NEVER: Final = float("inf")
 """A time that does not come."""
+RELAXED: Final = 1.05
+"""By which a model's limit grows with each request that may take longer."""
 
 
 Running: TypeAlias = "tuple[Run, ModelState, int, int]"
@@ -181,13 +183,16 @@ class ModelState:
     """A model that is served, and its requests outside the enclave.
 
     ``costs`` are those of the form in which it runs. There are no stages before there is a plan.
-    ``row_s``, ``rests_s`` and ``throughs_s`` are what ``policy.choice`` has reckoned of its stages.
+    ``limit_s`` is how long its requests may take, the shortest of late; infinite without deadlines.
+    ``most``, ``row_s``, ``rests_s`` and ``throughs_s`` are what ``policy.choice`` has reckoned.
     """
 
     name: str
     costs: ModelCosts
     outside: FairQueue
     stages: list[StageState] = field(default_factory=list)
+    limit_s: float = NEVER
+    most: tuple[int, float] | None = None
     row_s: float | None = None
     rests_s: list[float] | None = None
     throughs_s: dict[int, float] = field(default_factory=dict)
@@ -197,8 +202,15 @@ class ModelState:
         for stage in stages:
             stage.visit_s.clear()
             stage.alone_s.clear()
-        self.row_s = self.rests_s = None
+        self.most = self.row_s = self.rests_s = None
         self.throughs_s.clear()
+
+    def limited(self, limit_s: float) -> None:
+        """A request came in that may take so long; who may take longer relaxes the limit slowly."""
+        limit_s = min(limit_s, RELAXED * self.limit_s)
+        if limit_s != self.limit_s:
+            self.limit_s = limit_s
+            self.most = self.row_s = self.rests_s = None
 
     def divide(self, plan: MemoryPlan | None, load_rate: float) -> None:
         """Take the stages of a plan; only rows that wait to begin anew are carried over."""
