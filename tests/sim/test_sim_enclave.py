@@ -152,8 +152,10 @@ def test_measured_factors_are_in_the_times_that_are_reported() -> None:
     assert rig.enclave.scheduler._predictions._loading.factor == pytest.approx(1.3)
     assert rig.enclave.scheduler.slowness == pytest.approx(3.0, rel=0.05)
     assert model_state.stages[0].sealing.factor == pytest.approx(4.0)
-    first = Calibration(of_batches={("a", 0, 4): 5.0}, compute=2.0)
+    first = Calibration(of_batches={("a", 0, 4, 0): 5.0, ("a", 0, 4, 1): 6.0}, compute=2.0)
     assert first.compute_factor("a", 0, 4) == 5.0
+    assert first.compute_factor("a", 0, 4, beside=1) == 6.0
+    assert first.compute_factor("a", 0, 4, beside=3) == 6.0
     assert first.compute_factor("a", 0, 3) == 2.0
 
 

@@ -39,7 +39,7 @@ from lasagna.policy.costs import Forms
 from lasagna.policy.paging import HOT_BYTES
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
-from lasagna.policy.plan import style_for
+from lasagna.policy.plan import Objective, style_for
 from lasagna.policy.spread import whole_models
 from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival, poisson, requests
@@ -188,13 +188,15 @@ def measure(case: Case) -> Cell:
             demand={case.model: rate},
             limits_s={case.model: DEADLINE * _unloaded_s(cluster, most)},
         )
-        options = PlanOptions("throughput" if case.load > 1.0 else "latency", PLAN_S)
+        admission = case.group == "admission"
+        objective: Objective = "throughput" if case.load > 1.0 and not admission else "latency"
         chosen = plan_judged(
-            replace(cluster, limits_s={}),
-            options,
+            cluster if admission else replace(cluster, limits_s={}),
+            PlanOptions(objective, PLAN_S),
             clock=time.monotonic,
             seed=SEED + 1,
             planner=planner,
+            admission=admission,
         ).best
     for name in case.policies:
         try:

@@ -54,7 +54,7 @@ class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objective: Literal["throughput", "latency"] = "throughput"
     time_limit_s: _NotNegative = 5.0
-    simulate: bool = False
+    simulate: bool = True
 
 
 class _Replan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,6 +121,10 @@ class Scenario:
             how.after_s, how.slower, how.mix, how.mix_s, how.horizon_s, options=self.plan
         )
 
+    def rate(self, throughput: float) -> float:
+        """Requests a second, where ``load`` is a share of this throughput."""
+        return self.settings.requests_per_s or self.settings.load * throughput
+
     def arrivals(self, throughput: float) -> Iterator[Arrival]:
         """Requests, the same ones at each call.
 
@@ -128,7 +132,7 @@ class Scenario:
             throughput: requests a second that ``load`` is a share of.
         """
         settings, cluster = self.settings, self.cluster
-        rate = settings.requests_per_s or settings.load * throughput
+        rate = self.rate(throughput)
         if settings.arrivals.kind == "recorded":
             return recorded(self.path.parent / settings.arrivals.file)
         times = _times(settings.arrivals, rate, np.random.default_rng((settings.seed, 1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -21,7 +21,6 @@ from lasagna.cli.plan import silent_library, write_file
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
 from lasagna.errors import LasagnaError
-from lasagna.policy.placed import Placement
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.judging import Candidate, plan_judged
@@ -57,11 +56,12 @@ def simulate(
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("planning", total=None)
-        chosen = _plan(scenario)
-        plan = chosen.placement
+        chosen, throughput = _plan(scenario)
         bar.remove_task(task)
-        outcomes = _outcomes(scenario, chosen, bar)
-    report = msgspec.json.format(msgspec.json.encode(_report(scenario, plan, outcomes)))
+        outcomes = _outcomes(scenario, chosen, throughput, bar)
+    report = msgspec.json.format(
+        msgspec.json.encode(_report(scenario, chosen, throughput, outcomes))
+    )
     if out:
         write_file(out, report)
     if png:
@@ -71,22 +71,37 @@ def simulate(
     if json_:
         typer.echo(report.decode())
     else:
-        _show(Console(), scenario, plan, outcomes)
+        _show(Console(), scenario, chosen, throughput, outcomes)
 
 
-def _plan(scenario: Scenario) -> Candidate:
+def _plan(scenario: Scenario) -> tuple[Candidate, float]:
+    """The plan that Lasagna runs; and requests a second that the most throughput is."""
     from lasagna.policy.placement import plan_cluster  # with a solver of some size
 
-    objective = scenario.plan.objective
+    cluster, options = scenario.cluster, scenario.plan
     with silent_library():
-        if scenario.settings.plan.simulate:
-            return plan_judged(scenario.cluster, scenario.plan, clock=time.monotonic).best
-        placement = plan_cluster(scenario.cluster, scenario.plan, clock=time.monotonic)
-    return Candidate(f"plan for {objective}", placement, objective)
+        plan = plan_cluster(cluster, options, clock=time.monotonic)
+        if not scenario.settings.plan.simulate:
+            return Candidate(f"plan for {options.objective}", plan, options.objective), (
+                plan.throughput
+            )
+        scale = 1.0
+        if scenario.settings.arrivals.kind != "recorded":
+            scale = scenario.rate(plan.throughput) / sum(cluster.demand.values())
+        demand = {name: scale * rate for name, rate in cluster.demand.items()}
+        judged = plan_judged(
+            replace(cluster, demand=demand),
+            replace(options, objective="latency"),
+            clock=time.monotonic,
+            seed=scenario.settings.seed,
+            admission=scenario.settings.admission,
+        )
+    return judged.best, plan.throughput
 
 
-def _outcomes(scenario: Scenario, chosen: Candidate, bar: Progress) -> dict[str, Outcome]:
-    plan = chosen.placement
+def _outcomes(
+    scenario: Scenario, chosen: Candidate, throughput: float, bar: Progress
+) -> dict[str, Outcome]:
     costs = PAGING.costs()
     page_s = (costs.load_ns + costs.evict_ns) / 1e9
     settings = scenario.settings
@@ -104,17 +119,17 @@ def _outcomes(scenario: Scenario, chosen: Candidate, bar: Progress) -> dict[str,
     for policy in scenario.policies:
         with silent_library():
             try:
-                ready = prepared(policy, scenario.cluster, plan, options, page_s)
+                ready = prepared(policy, scenario.cluster, chosen.placement, options, page_s)
             except LasagnaError as error:
                 raise type(error)(f"{policy.name}: {error}") from None
         task = bar.add_task(policy.name, total=settings.seconds)
-        outcomes[policy.name] = _run(scenario, plan, ready, planner, bar, task)
+        outcomes[policy.name] = _run(scenario, throughput, ready, planner, bar, task)
     return outcomes
 
 
 def _run(
     scenario: Scenario,
-    plan: Placement,
+    throughput: float,
     ready: Prepared,
     planner: Planner,
     bar: Progress,
@@ -122,7 +137,7 @@ def _run(
 ) -> Outcome:
     def load() -> Iterator[Arrival]:
         shown_s = 0.0
-        for arrival in scenario.arrivals(plan.throughput):
+        for arrival in scenario.arrivals(throughput):
             if arrival.at_s - shown_s > scenario.settings.seconds / 200:
                 shown_s = arrival.at_s
                 bar.update(task, completed=shown_s)
@@ -136,14 +151,16 @@ def _run(
 
 
 def _report(
-    scenario: Scenario, plan: Placement, outcomes: Mapping[str, Outcome]
+    scenario: Scenario, chosen: Candidate, throughput: float, outcomes: Mapping[str, Outcome]
 ) -> Mapping[str, object]:
     since_s = scenario.settings.warm_up_s
     return {
         "format": FORMAT,
         "simulated": True,
         "scenario": msgspec.to_builtins(scenario.settings),
-        "planned_requests_per_s": plan.throughput,
+        "plan": chosen.name,
+        "servers_work_for": chosen.aim,
+        "planned_requests_per_s": throughput,
         "policies": {
             name: {
                 "all": _finite(asdict(outcome.requests.figures(since_s=since_s))),
@@ -164,13 +181,20 @@ def _finite(figures: dict[str, float]) -> dict[str, float | None]:
 
 
 def _show(
-    console: Console, scenario: Scenario, plan: Placement, outcomes: Mapping[str, Outcome]
+    console: Console,
+    scenario: Scenario,
+    chosen: Candidate,
+    throughput: float,
+    outcomes: Mapping[str, Outcome],
 ) -> None:
     settings = scenario.settings
-    rate = settings.requests_per_s or settings.load * plan.throughput
+    rate = scenario.rate(throughput)
     at = "" if settings.arrivals.kind == "recorded" else f" at {rate:.3g}/s"
     head = f"Simulated: {settings.seconds:g} s of {settings.arrivals.kind} arrivals{at}"
-    console.print(Text(f"{head}; the plan is for {plan.throughput:.3g}/s", style="bold"))
+    console.print(Text(f"{head}; a plan can have {throughput:.3g}/s", style="bold"))
+    console.print(
+        f"Lasagna has: {chosen.name}, servers' memory divided for {chosen.aim}", highlight=False
+    )
     table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("policy", "answers/s", "in time", "refused", "mean", "p50", "p99", "busiest"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")

@@ -109,16 +109,18 @@ class Choice:
     def _most(self, model: ModelState) -> tuple[int, float]:
         """The most rows that pass all stages together in their share of the time; and that pass."""
         if model.most is None:
-            for rows in reversed(ROWS):
-                takes_s = 0.0
-                for stage in model.stages:
-                    each = min(rows, stage.plan.rows)
-                    visits = -(-rows // each)
-                    takes_s += visits * self._predictions.alone_s(model, stage, each)
-                if takes_s <= TURNS * model.limit_s:
-                    break
-            model.most = rows, takes_s
+            passes = ((rows, self._pass_s(model, rows)) for rows in reversed(ROWS))
+            within = (one for one in passes if one[1] <= TURNS * model.limit_s)
+            model.most = next(within, (1, self._pass_s(model, 1)))
         return model.most
+
+    def _pass_s(self, model: ModelState, rows: int) -> float:
+        """Seconds in which so many rows pass all stages together."""
+        total = 0.0
+        for stage in model.stages:
+            each = min(rows, stage.plan.rows)
+            total += -(-rows // each) * self._predictions.alone_s(model, stage, each)
+        return total
 
     def through_s(self, model: ModelState, index: int) -> float:
         """Seconds that a row needs from this stage to the end, alone."""

@@ -67,6 +67,8 @@ class _Done:
     plan: MemoryPlan
     sent_s: float
     ran: Ran
+    begin_s: float = 0.0
+    beside: int = 0
 
 
 @dataclass(slots=True)
@@ -92,6 +94,7 @@ def calibrated(path: Path) -> Calibrated:
     seen = _read(journal, Scheduler(machine, journal.header.settings))
     if not seen.done:
         raise UsageError(f"{path}: no run has ended, there is nothing to calibrate by")
+    _begin(seen.done)
     batches, of_models = _compute_factors(seen.done, machine)
     found = Calibration(
         arrange_s=median(seen.arranging_s) if seen.arranging_s else 0.0,
@@ -141,15 +144,33 @@ def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
     return seen
 
 
+def _begin(done: Sequence[_Done]) -> None:
+    """When each run began, and beside how many others: it takes the lane that is free first."""
+    lanes = 0
+    free_s: list[float] = []
+    for one in done:
+        if one.plan.lanes != lanes:
+            lanes, free_s = one.plan.lanes, [0.0] * one.plan.lanes
+        one.begin_s = max(free_s[0], one.sent_s)
+        heapreplace(free_s, one.ran.at_s)
+    turns = [(one.ran.at_s, 0, number) for number, one in enumerate(done)]
+    turns += [(one.begin_s, 1, number) for number, one in enumerate(done)]
+    running = 0
+    for _, begins, number in sorted(turns):  # who ends makes room for who begins then
+        if begins:
+            done[number].beside = max(0, running)
+        running += 1 if begins else -1
+
+
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
     return replace(machine, lanes=plan.lanes, width=plan.width)
 
 
 def _compute_factors(
     done: Sequence[_Done], machine: Machine
-) -> tuple[dict[tuple[str, int, int], float], dict[str, float]]:
-    """Of each batch size at each stage, and of each model."""
-    batches: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+) -> tuple[dict[tuple[str, int, int, int], float], dict[str, float]]:
+    """Of each batch size at each stage, beside so many runs; and of each model."""
+    batches: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
     models: dict[str, list[float]] = defaultdict(list)
     for one in done:
         run, costs = one.run, one.plan.costs[one.run.model]
@@ -159,7 +180,7 @@ def _compute_factors(
         )
         measured = one.ran.compute_s - SLICE_S * (run.last - run.first)
         if profiled > 0.0 and measured > 0.0:
-            batches[run.model, run.first, one.rows].append(measured / profiled)
+            batches[run.model, run.first, one.rows, one.beside].append(measured / profiled)
             models[run.model].append(measured / profiled)
     of_models = {name: median(found) for name, found in models.items()}
     return {key: median(found) for key, found in batches.items()}, of_models
@@ -187,24 +208,15 @@ def _seal_factor(done: Sequence[_Done]) -> float:
 def _rests(
     done: Sequence[_Done], machine: Machine, found: Calibration
 ) -> list[tuple[float, tuple[float, float]]]:
-    """Of each run, seconds that are not reckoned; and what it took, and what was reckoned.
-
-    A run takes the lane that is free first, and begins then, or when it was sent.
-    """
+    """Of each run, seconds that are not reckoned; and what it took, and what was reckoned."""
     rests = []
-    plan: MemoryPlan | None = None
-    free_s = [0.0]
     for one in done:
-        if plan is None or one.plan.lanes != plan.lanes:
-            free_s = [0.0] * one.plan.lanes
         plan = one.plan
-        begin_s = max(free_s[0], one.sent_s)
-        took_s = one.ran.at_s - begin_s
-        heapreplace(free_s, one.ran.at_s)
+        took_s = one.ran.at_s - one.begin_s
         shape = replace(
             _shape(plan, machine), entry_s=0.0, load_rate=machine.load_rate / found.load
         )
-        factor = found.compute_factor(one.run.model, one.run.first, one.rows)
+        factor = found.compute_factor(one.run.model, one.run.first, one.rows, one.beside)
         takes = reckon(plan, shape, one.run, one.rows, factor, found.seal)
         rests.append((took_s - takes.total_s, (took_s, takes.total_s)))
     return rests

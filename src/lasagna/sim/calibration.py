@@ -14,6 +14,8 @@ from lasagna.policy.paging import Paging
 from lasagna.units import PAGE
 
 _BLOCK: Final = 4096
+MOST_BESIDE: Final = 8
+"""Runs under way that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Calibration:
     Attributes:
         compute: factor of all computing times.
         of_models: beside it, by model.
-        of_batches: instead of both, by model, first slice of the run, and rows.
+        of_batches: instead of both, by model, first slice of the run, rows, and how many other runs
+            were under way when it began: they share caches, memory's bandwidth, and what is loaded.
         load: factor of times to decrypt weights; seal: to open and seal rows.
         entry_s: what a call into the enclave takes; None for the machine's.
         arrange_s: of an arrangement, beside loading what is pinned.
@@ -32,17 +35,20 @@ class Calibration:
 
     compute: float = 1.0
     of_models: Mapping[str, float] = field(default_factory=dict)
-    of_batches: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+    of_batches: Mapping[tuple[str, int, int, int], float] = field(default_factory=dict)
     load: float = 1.0
     seal: float = 1.0
     entry_s: float | None = None
     arrange_s: float = 0.0
     plan_s: float = 0.0
 
-    def compute_factor(self, model: str, first: int, rows: int) -> float:
-        """Of a run that begins at this slice with so many rows."""
-        found = self.of_batches.get((model, first, rows))
-        return self.compute * self.of_models.get(model, 1.0) if found is None else found
+    def compute_factor(self, model: str, first: int, rows: int, beside: int = 0) -> float:
+        """Of a run that begins at this slice with so many rows, beside so many other runs."""
+        for near in (beside, *range(beside - 1, -1, -1), *range(beside + 1, MOST_BESIDE)):
+            found = self.of_batches.get((model, first, rows, near))
+            if found is not None:
+                return found
+        return self.compute * self.of_models.get(model, 1.0)
 
 
 def noise(rng: np.random.Generator, sigma: float) -> Iterator[float]:

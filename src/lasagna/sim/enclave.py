@@ -128,7 +128,7 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
-        self._takes: dict[tuple[str, int, int], Takes] = {}
+        self._takes: dict[tuple[str, int, int, int], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
         """Add models, and let an enclave be ready for them.
@@ -279,7 +279,7 @@ class VirtualEnclave:
             rows = 0
             for part in run.batch:
                 rows += part.count
-            key = (run.model, run.first, rows)
+            key = (run.model, run.first, rows, self._running)
             takes = self._takes.get(key)
             if takes is None:
                 takes = self._takes[key] = self._reckon(run, rows)
@@ -341,5 +341,7 @@ class VirtualEnclave:
     def _reckon(self, run: Run, rows: int) -> Takes:
         plan = self.scheduler.plan
         assert plan is not None
-        factor = self._slow * self._calibration.compute_factor(run.model, run.first, rows)
+        factor = self._slow * self._calibration.compute_factor(
+            run.model, run.first, rows, self._running
+        )
         return reckon(plan, self._shape, run, rows, factor, self._calibration.seal)

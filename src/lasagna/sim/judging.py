@@ -120,6 +120,7 @@ def plan_judged(
     clock: Callable[[], float] = lambda: 0.0,
     seed: int = 0,
     planner: Planner | None = None,
+    admission: bool = False,
 ) -> Judged:
     """Make plans, simulate them, and take the best.
 
@@ -133,6 +134,7 @@ def plan_judged(
         clock: seconds of a steady clock.
         seed: of the requests.
         planner: to share divisions of memory with other simulations.
+        admission: whether what would be too late is refused.
 
     Raises:
         BudgetError: as of ``policy.placement.plan_cluster``.
@@ -148,7 +150,7 @@ def plan_judged(
     for one in found:
         if clock() > until_s:
             break
-        verdict = _verdict(cluster, one, scale, options.objective, seed, planner)
+        verdict = _verdict(cluster, one, scale, options.objective, seed, planner, admission)
         if verdict is not None:
             verdicts.append(verdict)
     if not verdicts:
@@ -201,6 +203,7 @@ def _verdict(
     objective: Objective,
     seed: int,
     planner: Planner,
+    admission: bool,
 ) -> Verdict | None:
     """Simulate; None where a server's own planner finds no room for what it is given."""
     rate = scale * sum(cluster.demand[name] for name in cluster.wanted)
@@ -214,14 +217,11 @@ def _verdict(
         limits_s=dict(cluster.limits_s),
     )
     overloaded = objective == "throughput"
+    own = Options(
+        settings=roomy(one.style), admission=admission, report_s=max(REPORT_S, span_s / REPORTS)
+    )
     try:
-        virtual = VirtualCluster(
-            cluster,
-            one.placement,
-            Options(settings=roomy(one.style), report_s=max(REPORT_S, span_s / REPORTS)),
-            seed=seed,
-            planner=planner,
-        )
+        virtual = VirtualCluster(cluster, one.placement, own, seed=seed, planner=planner)
         outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
     except BudgetError:
         return None
