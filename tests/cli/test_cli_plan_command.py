@@ -186,3 +186,25 @@ def test_the_example_gives_clean_json_from_the_real_planner() -> None:
     assert {part["model"] for one in found["servers"] for part in one["parts"]} == {
         *("vgg19", "resnet50", "minilm")
     }
+
+
+@pytest.mark.integration
+def test_simulations_choose_among_plans_and_say_what_they_saw(tmp_path: Path) -> None:
+    """In a process of its own, since HiGHS writes where it likes; the best plan is among them."""
+    small = write_model(
+        tmp_path / "small.json", "small", linear([MB] * 2, [50_000] * 2, [0.01] * 2)
+    )
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(
+        '[defaults]\nepc_mb = 40\n[[server]]\nname = "s-{}"\ncount = 2\n[demand]\nsmall = 20\n'
+    )
+    command = [sys.executable, "-m", "lasagna.cli.main", "plan", str(cluster), str(small)]
+    options = ["--objective", "latency", "--simulate", "--time-limit", "2", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    report = json.loads(done.stdout)
+    seen = {(one["plan"], one["servers_work_for"]): one for one in report["simulated"]}
+    best = seen[report["plan"], report["servers_work_for"]]
+    assert ("whole models", "latency") in seen
+    assert best["mean_s"] <= min(one["mean_s"] for one in seen.values()) / 0.98
+    assert best["in_time"] == 1.0

@@ -98,6 +98,30 @@ def test_arrivals_have_the_load_that_is_asked_for(folder: Path, kind: str) -> No
     assert (np.diff(times) >= 0).all()
 
 
+def test_the_mix_shifts_when_it_is_to_and_the_rate_stays(folder: Path) -> None:
+    (folder / "other.json").write_bytes((EXAMPLES / "costs/alexnet.json").read_bytes())
+    (folder / "cluster.toml").write_text(CLUSTER.replace("[limits", "alexnet = 0\n[limits"))
+    path = Path(scenario(folder, "mix = [{ at_s = 2, demand = { alexnet = 1 } }]"))
+    path.write_text(path.read_text().replace('"costs.json"', '"costs.json", "other.json"'))
+    arrivals = list(read_scenario(path).arrivals(500.0))
+    assert {one.model for one in arrivals if one.at_s <= 2.0} == {"inception_v2"}
+    assert {one.model for one in arrivals if one.at_s > 2.0} == {"alexnet"}
+    early = sum(one.at_s <= 2.0 for one in arrivals)
+    assert early == pytest.approx(len(arrivals) / 2, rel=0.15)
+
+
+def test_simulations_choose_the_plan_if_they_are_to(folder: Path) -> None:
+    """Two equal servers and a model that fits both: nothing is better than the simplest."""
+    path = Path(scenario(folder, 'policies = ["lasagna", "whole-model"]'))
+    path.write_text(path.read_text() + "\nsimulate = true\n")
+    result = run(str(path), "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["plan"] == "whole models"
+    policies = report["policies"]
+    assert policies["lasagna"]["all"] == policies["whole-model"]["all"]
+
+
 def test_recorded_arrivals_are_taken_as_they_are(folder: Path) -> None:
     """Lines of JSON, relative to the scenario."""
     (folder / "load.jsonl").write_text('{"at_s": 0.5, "model": "inception_v2"}\n')
@@ -116,6 +140,13 @@ def test_recorded_arrivals_are_taken_as_they_are(folder: Path) -> None:
         ('arrivals = { kind = "recorded" }', "file goes with kind"),
         ('arrivals = { file = "x" }', "file goes with kind"),
         ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
+        ("mix = [{ at_s = 1, demand = { inception_v3 = 1 } }]", "did you mean 'inception_v2'"),
+        ("mix = [{ at_s = 1, demand = { inception_v2 = 0 } }]", "one demand must be above 0"),
+        (
+            "mix = [{ at_s = 2, demand = { inception_v2 = 1 } },"
+            " { at_s = 2, demand = { inception_v2 = 2 } }]",
+            "at_s must rise",
+        ),
         ("load = ", "is no TOML"),
     ],
 )

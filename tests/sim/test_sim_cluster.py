@@ -18,6 +18,7 @@ from lasagna.policy.balancer_events import Dispatch, Reported
 from lasagna.policy.cluster import Cluster, Part, carry_s
 from lasagna.policy.events import Answer, Arrived
 from lasagna.policy.placed import Placement
+from lasagna.policy.plan import Style
 from lasagna.policy.state import Settings
 from lasagna.sim.arrivals import Arrival, merge
 from lasagna.sim.cluster import VirtualCluster
@@ -344,3 +345,19 @@ def test_tenants_of_a_saturated_cluster_get_their_shares(weight: int, seed: int)
     ]
     run.run(merge(*both), until_s=20.0)
     assert answered["much"] / answered["little"] == pytest.approx(weight, rel=0.1)
+
+
+def test_overload_with_deadlines_answers_in_time_what_is_admitted() -> None:
+    """Streamed weights make large batches efficient, but they take longer than requests may."""
+    big = model(10, 0.02, weight=20 * MB)  # its weights take 59 ms to load, the EPC has room for 60
+    one = cluster(servers(1), {"m": big})
+    limit_s = {"m": 0.4}
+    good = {}
+    for name, style in (("batches", Style()), ("each alone", Style(max_rows=1, pin=False))):
+        options = Options(settings=replace(ROOMY, style=style), admission=True)
+        run = simulated(one, everywhere(one), options)
+        figures = run.run(load(5, 60.0, 30.0, "m", limits_s=limit_s)).requests.figures()
+        assert figures.refused > 0
+        assert figures.late <= 0.03 * figures.answered
+        good[name] = figures.goodput
+    assert good["batches"] > 1.3 * good["each alone"]

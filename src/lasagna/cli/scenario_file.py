@@ -54,7 +54,7 @@ class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objective: Literal["throughput", "latency"] = "throughput"
     time_limit_s: _NotNegative = 5.0
-    simulate: bool = True
+    simulate: bool = False
 
 
 class _Replan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

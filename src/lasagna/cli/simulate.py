@@ -56,9 +56,10 @@ def simulate(
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("planning", total=None)
-        chosen, throughput = _plan(scenario)
+        planner = Planner()
+        chosen, throughput = _plan(scenario, planner)
         bar.remove_task(task)
-        outcomes = _outcomes(scenario, chosen, throughput, bar)
+        outcomes = _outcomes(scenario, chosen, throughput, planner, bar)
     report = msgspec.json.format(
         msgspec.json.encode(_report(scenario, chosen, throughput, outcomes))
     )
@@ -74,7 +75,7 @@ def simulate(
         _show(Console(), scenario, chosen, throughput, outcomes)
 
 
-def _plan(scenario: Scenario) -> tuple[Candidate, float]:
+def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, float]:
     """The plan that Lasagna runs; and requests a second that the most throughput is."""
     from lasagna.policy.placement import plan_cluster  # with a solver of some size
 
@@ -94,13 +95,14 @@ def _plan(scenario: Scenario) -> tuple[Candidate, float]:
             replace(options, objective="latency"),
             clock=time.monotonic,
             seed=scenario.settings.seed,
+            planner=planner,
             admission=scenario.settings.admission,
         )
     return judged.best, plan.throughput
 
 
 def _outcomes(
-    scenario: Scenario, chosen: Candidate, throughput: float, bar: Progress
+    scenario: Scenario, chosen: Candidate, throughput: float, planner: Planner, bar: Progress
 ) -> dict[str, Outcome]:
     costs = PAGING.costs()
     page_s = (costs.load_ns + costs.evict_ns) / 1e9
@@ -114,7 +116,6 @@ def _outcomes(
         noise=settings.noise,
         replanning=scenario.replanning,
     )
-    planner = Planner()
     outcomes: dict[str, Outcome] = {}
     for policy in scenario.policies:
         with silent_library():

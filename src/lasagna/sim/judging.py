@@ -50,8 +50,10 @@ WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
 MARGIN: Final = 0.02
 """By which a plan must be better than a simpler one: less may be chance."""
-SHARES: Final = (0.3, 0.6)
+SHARES: Final = (0.4, 1.0)
 """Of the time, at which the search for one plan, and for the other, is over."""
+JUDGING: Final = 2.0
+"""Times the search's time, after which no other simulation begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,8 @@ def plan_judged(
 
     Args:
         cluster: servers, models and the expected load.
-        options: of the search; its time is for plans and simulations together, and what is being
-            simulated when it ends is finished.
+        options: of the search. Simulations come on top, for as long again; whole models and the
+            plan for the objective are simulated however long that takes.
         clock: seconds of a steady clock.
         seed: of the requests.
         planner: to share divisions of memory with other simulations.
@@ -140,21 +142,23 @@ def plan_judged(
         BudgetError: as of ``policy.placement.plan_cluster``.
     """
     options = options or PlanOptions()
-    until_s = clock() + options.time_limit_s
+    until_s = clock() + JUDGING * options.time_limit_s
     found = candidates(cluster, options, clock)
     planner = planner or Planner()
     scale = 1.0
     if options.objective == "throughput":
         scale = OVERLOAD * max(one.placement.scale for one in found)
-    verdicts: list[Verdict] = []
-    for one in found:
-        if clock() > until_s:
+    known: dict[int, Verdict] = {}
+    for turn, number in enumerate(_promising(found, options.objective)):
+        if turn > 1 and clock() > until_s:
             break
+        one = found[number]
         verdict = _verdict(cluster, one, scale, options.objective, seed, planner, admission)
         if verdict is not None:
-            verdicts.append(verdict)
-    if not verdicts:
+            known[number] = verdict
+    if not known:
         return Judged(found[-1], ())
+    verdicts = [known[number] for number in sorted(known)]
     return Judged(best_of(verdicts, options.objective).candidate, tuple(verdicts))
 
 
@@ -185,6 +189,18 @@ def candidates(
         if all(set(placement.parts) != set(other.parts) for _, other in placements):
             placements.append((f"plan for {objective}", placement))
     return [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
+
+
+def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
+    """Numbers of candidates in the order in which they are simulated, as time may not do for all.
+
+    Those that aim at the objective first, and of these the simplest and the plan for it.
+    """
+    first = {"whole models": 0, f"plan for {objective}": 1}
+    return sorted(
+        range(len(found)),
+        key=lambda n: (found[n].aim != objective, first.get(found[n].name, 2), n),
+    )
 
 
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
