@@ -44,6 +44,7 @@ STYLES: Final[Mapping[str, Style]] = {
     "throughput": style_for("throughput"),
     "latency": style_for("latency"),
     "lone requests": replace(style_for("latency"), max_rows=1),
+    "single rows": replace(style_for("throughput"), max_rows=1),
 }
 """By what servers' own planners work for. Without batches there is more room for weights."""
 WARM: Final = 0.2
@@ -171,7 +172,7 @@ def candidates(
         BudgetError: there is no plan.
     """
     wanted = options.objective
-    aims = ["lone requests", "throughput", "latency"] if wanted == "latency" else [wanted]
+    aims = list(STYLES) if wanted == "latency" else [wanted]
     objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
     placements: list[tuple[str, Placement]] = []
     with contextlib.suppress(BudgetError):  # some model fits on no server whole
@@ -180,15 +181,21 @@ def candidates(
     for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
         own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
-        try:
-            placement = plan_cluster(cluster, own, clock=clock)
-        except BudgetError:
-            if objective == wanted:
-                raise
+        placement = _plan(cluster, own, clock)
+        if placement is None and objective != wanted:
             continue
+        if placement is None:  # no plan keeps the limits: then as well as can be
+            placement = plan_cluster(replace(cluster, limits_s={}), own, clock=clock)
         if all(set(placement.parts) != set(other.parts) for _, other in placements):
             placements.append((f"plan for {objective}", placement))
     return [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
+
+
+def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:
+    try:
+        return plan_cluster(cluster, options, clock=clock)
+    except BudgetError:
+        return None
 
 
 def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
