@@ -75,11 +75,13 @@ LINKS: Final = (1, 10, 100, 1000)
 MBIT: Final = 125_000.0
 REQUESTS: Final = 1500
 """Of one cell, at most: enough for a mean within some percent."""
-SPAN_S: Final = 30.0
+SPANS_S: Final = (3.0, 30.0)
+"""Of virtual time, at least and at most: at least some batches of each server."""
 WARM: Final = 0.3
 PLAN_S: Final = 10.0
 DEADLINE: Final = 3.0
 """Times the unloaded latency of whole models, within which an answer counts for goodput."""
+COLOURS: Final = ("#2a6f97", *(f"C{n}" for n in range(1, 10)), "#c9ada7", "#344e41")
 BRANCHING: Final = ("densenet121", "inception_v2", "minilm", "resnet50")
 LONE_RATE: Final = 0.02
 """Requests a second of which none meets another."""
@@ -224,7 +226,7 @@ def _simulate(
     page_s = (PAGED.load_ns + PAGED.evict_ns) / 1e9
     options = Options(settings=roomy(chosen.style), admission=case.group == "admission")
     ready = prepared(cluster_policy(name), cluster, chosen.placement, options, page_s)
-    span_s = min(SPAN_S, REQUESTS / rate) if case.load else 20 / rate
+    span_s = min(max(SPANS_S[0], REQUESTS / rate), SPANS_S[1]) if case.load else 20 / rate
     rng = np.random.default_rng(SEED)
     load = requests(
         rng,
@@ -356,7 +358,7 @@ def _figure(cells: Sequence[Cell]) -> Figure:
                 for cell in sizes
             ]
             places = [number + index * width for number in range(len(sizes))]
-            axis.bar(places, values, width, label=name)
+            axis.bar(places, values, width, label=name, color=COLOURS[index])
         axis.set_xticks([n + 0.4 for n in range(len(sizes))], [c.case.title for c in sizes])
         axis.set_title(model)
         axis.axhline(1.0, color="black", linewidth=0.5)

@@ -31,6 +31,8 @@ from lasagna.sim.policies import roomy
 
 REQUESTS: Final = 400
 """Of one simulation: a mean within some percent."""
+SHORTEST_S: Final = 2.0
+"""Of virtual time: some batches of each server."""
 LONGEST_S: Final = 60.0
 """Of virtual time, unless there would be too few requests."""
 FEW: Final = 20
@@ -230,7 +232,7 @@ def _verdict(
 ) -> Verdict | None:
     """Simulate; None where a server's own planner finds no room for what it is given."""
     rate = scale * sum(cluster.demand[name] for name in cluster.wanted)
-    span_s = max(FEW / rate, min(LONGEST_S, REQUESTS / rate))
+    span_s = max(SHORTEST_S, FEW / rate, min(LONGEST_S, REQUESTS / rate))
     rng = np.random.default_rng((seed, 1))
     load = requests(
         np.random.default_rng((seed, 2)),
