@@ -30,7 +30,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "policy": "lasagna.bench.policy",
     "scale": "lasagna.bench.scale",
 }
-PARTED: Final = frozenset(["local"])
+PARTED: Final = frozenset(["fidelity", "local"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

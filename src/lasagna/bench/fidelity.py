@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -31,8 +32,9 @@ from lasagna.bench.local import (
     asking,
     serve,
 )
+from lasagna.bench.machine import read_commit
 from lasagna.bench.report import Bar, Result
-from lasagna.errors import LasagnaError
+from lasagna.errors import LasagnaError, UsageError
 from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
 from lasagna.policy.events import Arrived
@@ -44,8 +46,12 @@ from lasagna.sim.planner import Planner
 from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import profile
 
-WHAT: Final = ("alexnet", "resnet50", "inception_v2", "four small")
-QUICK: Final = ("alexnet",)
+PARTS: Final = {
+    f"{scenario}, {threads} thread{'s' * (threads > 1)}": (scenario, threads)
+    for scenario in ("alexnet", "resnet50", "inception_v2", "four small")
+    for threads in (1, 2)
+}
+QUICK: Final = ("alexnet, 2 threads",)
 LOAD: Final = 0.7
 EPC: Final = profile("sgx1-128")
 SEEDS: Final = (11, 12)
@@ -72,24 +78,53 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A server under a load."""
+    """A server under a load.
 
-    title: str
+    Attributes:
+        part: of ``PARTS``.
+        policy: that the server has.
+        load: in words.
+        commit: of the code.
+        real: what was measured; simulated: what the simulator says.
+    """
+
+    part: str
+    policy: str
     load: str
+    commit: str
     real: Figures
     simulated: Figures
 
 
-def run(*, quick: bool) -> Result:
-    """Run and simulate all of them."""
+def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -> Result:
+    """Run and simulate all of them.
+
+    Args:
+        quick: one part, in short.
+        only: of the parts; the others' rows are taken from the run before.
+        out: folder of the rows.
+
+    Raises:
+        UsageError: there is no such part, or the rows are of another version.
+    """
+    for part in only:
+        if part not in PARTS:
+            raise UsageError(f"there is no part {part!r}; choose {'; '.join(PARTS)}")
     reason = why_not()
     if reason is not None:
         raise LasagnaError(f"no emulator here: {reason}")
-    rows = asyncio.run(_run(quick=quick))
+    file = out / ("fidelity-rows-quick.json" if quick else "fidelity-rows.json")
+    rows = _read(file) if only else []
+    for part in only or (QUICK if quick else tuple(PARTS)):
+        measured = asyncio.run(_part(part, quick=quick))
+        rows = [row for row in rows if row.part != part] + measured
+        rows.sort(key=lambda row: list(PARTS).index(row.part))  # stable: policies keep their order
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
     samples: dict[str, list[float]] = {}
     bars = []
     for row in rows:
-        name = f"{row.title}, {row.load}"
+        name = f"{row.part}, {row.policy}, {row.load}"
         samples[f"{name}: answers/s, real and simulated"] = [
             row.real.throughput,
             row.simulated.throughput,
@@ -106,26 +141,33 @@ def run(*, quick: bool) -> Result:
     )
 
 
-async def _run(*, quick: bool) -> list[Row]:
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Row])
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} is of another version: {error}; remove it") from None
+
+
+async def _part(part: str, *, quick: bool) -> list[Row]:
     console = Console(stderr=True)
+    scenario, _threads = PARTS[part]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
         folder, models = Path(made), LocalModels()
-        for scenario in QUICK if quick else WHAT:
-            for name in SCENARIOS[scenario]:
-                models.add(name, folder)
-            for threads in (2,) if quick else (1, 2):
-                for policy in POLICIES:
-                    title = f"{scenario}, {threads} thread{'s' * (threads > 1)}, {policy}"
-                    with console.status(f"{title} ..."):
-                        found = await _compare(scenario, threads, policy, models, folder, quick)
-                    rows += [replace(row, title=title) for row in found]
+        for name in SCENARIOS[scenario]:
+            models.add(name, folder)
+        for policy in POLICIES:
+            with console.status(f"{part}, {policy} ..."):
+                rows += await _compare(part, policy, models, folder, quick=quick)
     return rows
 
 
 async def _compare(
-    scenario: str, threads: int, policy: str, models: LocalModels, folder: Path, quick: bool
+    part: str, policy: str, models: LocalModels, folder: Path, *, quick: bool
 ) -> list[Row]:
+    scenario, threads = PARTS[part]
     mix = SCENARIOS[scenario]
     seconds = 5.0 if quick else 10.0
     outstanding = OUTSTANDING.get(policy, FEW)
@@ -148,9 +190,11 @@ async def _compare(
     real = await once(SEEDS[1], None)
     closed = _closed(known, journal, outside_s, real.order, outstanding, real.closed.answered)
     opened = _opened(known, journal, outside_s, real.arrivals)
+    found = read_commit()
+    commit = "" if found is None else found.id + "+" * found.dirty
     return [
-        Row("", "saturated", _figures(real.closed), closed),
-        Row("", "at 70 %", _figures(real.opened), opened),
+        Row(part, policy, "saturated", commit, _figures(real.closed), closed),
+        Row(part, policy, "at 70 %", commit, _figures(real.opened), opened),
     ]
 
 
