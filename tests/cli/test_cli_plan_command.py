@@ -206,5 +206,5 @@ def test_simulations_choose_among_plans_and_say_what_they_saw(tmp_path: Path) ->
     seen = {(one["plan"], one["servers_work_for"]): one for one in report["simulated"]}
     best = seen[report["plan"], report["servers_work_for"]]
     assert ("whole models", "latency") in seen
-    assert best["mean_s"] <= min(one["mean_s"] for one in seen.values()) / 0.98
+    assert best["mean_s"] <= min(one["mean_s"] for one in seen.values()) / 0.96
     assert best["in_time"] == 1.0

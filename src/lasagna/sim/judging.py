@@ -29,7 +29,7 @@ from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
 from lasagna.sim.policies import roomy
 
-REQUESTS: Final = 400
+REQUESTS: Final = 600
 """Of one simulation: a mean within some percent."""
 SHORTEST_S: Final = 2.0
 """Of virtual time: some batches of each server."""
@@ -51,7 +51,7 @@ STYLES: Final[Mapping[str, Style]] = {
 """By what servers' own planners work for. Without batches there is more room for weights."""
 WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
-MARGIN: Final = 0.02
+MARGIN: Final = 0.04
 """By which a plan must be better than a simpler one: less may be chance."""
 SHARES: Final = (0.4, 1.0)
 """Of the time, at which the search for one plan, and for the other, is over."""
