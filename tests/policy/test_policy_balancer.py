@@ -109,7 +109,7 @@ def test_a_part_may_use_what_its_server_has_free_and_each_balancer_its_share() -
             balancers=balancers,
         )
         routed(balancer, 1)
-        assert balancer.held_s(part, 0.0) == pytest.approx(balancers * 0.5 / rate)
+        assert balancer._shares[part].wait_s(0.0) == pytest.approx(balancers * 0.5 / rate)
 
 
 def test_a_report_sets_right_what_was_believed() -> None:
@@ -274,3 +274,19 @@ def test_media_splits_what_pages_and_keeps_together_what_fits() -> None:
     assert {(part.first, part.last) for part in merged.parts} == {(0, 4)}
     with pytest.raises(BudgetError, match="no server left"):
         media(Cluster(fast[:1], {"a": (small,), "b": (small,)}, {"a": 1.0, "b": 1.0}), paging)
+
+
+def test_of_many_parts_others_are_looked_at_for_each_request() -> None:
+    """With 50 idle servers, requests with different draws reach most of them."""
+    names = [f"s{number}" for number in range(50)]
+    given = cluster(*(server(name) for name in names))
+    balancer = Balancer(given, placement({Part("m", 0, 4, name): WHOLE for name in names}))
+    used = set()
+    for number in range(200):
+        event = Asked(1000.0 * number, number, "m", draw=number / 200)
+        (command,) = balancer.handle(event)
+        assert isinstance(command, Dispatch)
+        used.add(command.route[0].server)
+        balancer.handle(Ended(1000.0 * number + 1, number))
+    assert used <= set(names)
+    assert len(used) > 30

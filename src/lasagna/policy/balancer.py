@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 
 from lasagna.errors import UsageError
 from lasagna.policy.balancer_events import (
@@ -42,13 +42,35 @@ from lasagna.policy.beliefs import Belief, Bucket, carried_s
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.placed import PartCosts, Placement, connected
 
+COMPARED: Final = 16
+"""Parts at one cut, beyond which only so many of them are looked at, others for each request. Two
+that are drawn at random are nearly as good as all (Mitzenmacher, 2001)."""
+
+
+class _Hop(NamedTuple):
+    """A part, what it costs, what is believed of its server, and what is used of its rate."""
+
+    part: Part
+    costs: PartCosts
+    belief: Belief
+    share: Bucket
+
 
 @dataclass(slots=True, eq=False)
 class _Network:
-    """The parts of one model, by the cut at which they begin."""
+    """The parts of one model, by the cut at which they begin; cuts in order."""
 
     slices: int
-    begins: dict[int, list[tuple[Part, PartCosts]]] = field(default_factory=dict)
+    begins: dict[int, list[_Hop]] = field(default_factory=dict)
+
+    def some(self, cut: int, draw: float) -> list[_Hop]:
+        """Parts to look at for a request that drew this number."""
+        hops = self.begins[cut]
+        count = len(hops)
+        if count <= COMPARED:
+            return hops
+        start = int(draw * count)
+        return hops[start : start + COMPARED] + hops[: max(0, start + COMPARED - count)]
 
 
 Rule = Callable[["Balancer", _Network, Asked], "tuple[Part, ...] | None"]
@@ -115,15 +137,6 @@ class Balancer:
                 assert_never(event)
         return []
 
-    def candidates(self, network: _Network, cut: int) -> list[tuple[Part, PartCosts]]:
-        """Parts that begin at a cut, on servers that are there."""
-        return network.begins.get(cut, [])
-
-    def held_s(self, part: Part, now_s: float) -> float:
-        """Seconds for which the part has been used beyond the rate that the plan has for it."""
-        share = self._shares.get(part)
-        return 0.0 if share is None else share.wait_s(now_s)
-
     def turn(self, model: str, cut: int) -> int:
         """Counts from 0, for each model and cut."""
         count = self._turns.get((model, cut), 0)
@@ -141,8 +154,10 @@ class Balancer:
         self._networks = {}
         for model, parts in connected(alive, self._slices).items():
             network = self._networks[model] = _Network(self._slices[model])
-            for part in parts:
-                network.begins.setdefault(part.first, []).append((part, placement.parts[part]))
+            for part in sorted(parts, key=lambda one: one.first):
+                share = self._shares.setdefault(part, Bucket())
+                hop = _Hop(part, placement.parts[part], self.servers[part.server], share)
+                network.begins.setdefault(part.first, []).append(hop)
 
     def _ask(self, event: Asked) -> BalancerCommand:
         network = self._networks.get(event.model)
@@ -168,7 +183,7 @@ class Balancer:
             costs, belief = self._placement.parts[part], self.servers[part.server]
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
             if costs.rate > 0.0:
-                share = self._shares.setdefault(part, Bucket())
+                share = self._shares[part]
                 busy = min(1.0, self._busy[part.server])
                 rate = costs.rate / busy / belief.factor / self._balancers
                 share.fill(event.at_s, event.rows / rate)
@@ -247,30 +262,30 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
     """
     reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
     best: tuple[float, float, tuple[Part, ...]] | None = None
-    for cut in sorted(network.begins):
+    rows = event.rows
+    for cut in network.begins:
         here = [(server, *label) for (at, server), label in reached.items() if at == cut]
-        for part, costs in network.begins[cut]:
-            belief = balancer.servers[part.server]
+        for part, costs, belief, share in network.some(cut, event.draw) if here else ():
+            held_s = share.wait_s(event.at_s)
             for server, time_s, route in here:
                 before = balancer.servers[server] if server else None
-                comes_s = carried_s(costs.in_bytes * event.rows, time_s, before, belief)
-                held_s = balancer.held_s(part, event.at_s)
-                ends_s = comes_s + max(belief.backlog_s(comes_s), held_s)
-                ends_s += belief.through_s(costs, event.rows)
-                longer = (*route, part)
+                comes_s = carried_s(costs.in_bytes * rows, time_s, before, belief)
+                wait_s = belief.backlog_s(comes_s)
+                ends_s = comes_s + (max(wait_s, held_s))
+                ends_s += belief.through_s(costs, rows)
                 if part.last == network.slices:
-                    ends_s = carried_s(costs.out_bytes * event.rows, ends_s, belief, None)
+                    ends_s = carried_s(costs.out_bytes * rows, ends_s, belief, None)
                     if best is None or (ends_s, -costs.rate) < best[:2]:
-                        best = ends_s, -costs.rate, longer
+                        best = ends_s, -costs.rate, (*route, part)
                     continue
                 known = reached.get((part.last, part.server))
                 if known is None or ends_s < known[0]:
-                    reached[part.last, part.server] = ends_s, longer
+                    reached[part.last, part.server] = ends_s, (*route, part)
     return None if best is None else best[2]
 
 
 def _hop_by_hop(
-    pick: Callable[[Balancer, list[tuple[Part, PartCosts]], Asked, int], Part],
+    pick: Callable[[Balancer, list[_Hop], Asked, int], Part],
 ) -> Rule:
     """A rule that chooses among the parts at each cut, and looks no further."""
 
@@ -288,8 +303,8 @@ def _hop_by_hop(
     return rule
 
 
-def _in_turn(balancer: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, _: int) -> Part:
-    return parts[balancer.turn(event.model, parts[0][0].first) % len(parts)][0]
+def _in_turn(balancer: Balancer, parts: list[_Hop], event: Asked, _: int) -> Part:
+    return parts[balancer.turn(event.model, parts[0].part.first) % len(parts)].part
 
 
 def _drawn(draw: float, hop: int, choices: int) -> int:
@@ -299,17 +314,15 @@ def _drawn(draw: float, hop: int, choices: int) -> int:
     return int(draw * choices)
 
 
-def _at_random(_: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, hop: int) -> Part:
-    return parts[_drawn(event.draw, hop, len(parts))][0]
+def _at_random(_: Balancer, parts: list[_Hop], event: Asked, hop: int) -> Part:
+    return parts[_drawn(event.draw, hop, len(parts))].part
 
 
-def _least(balancer: Balancer, parts: list[tuple[Part, PartCosts]], _: Asked, __: int) -> Part:
-    return min(parts, key=lambda one: balancer.servers[one[0].server].outstanding)[0]
+def _least(_: Balancer, parts: list[_Hop], __: Asked, ___: int) -> Part:
+    return min(parts, key=lambda one: one.belief.outstanding).part
 
 
-def _two_choices(
-    balancer: Balancer, parts: list[tuple[Part, PartCosts]], event: Asked, hop: int
-) -> Part:
+def _two_choices(balancer: Balancer, parts: list[_Hop], event: Asked, hop: int) -> Part:
     """The less busy of two drawn at random (Mitzenmacher, 2001)."""
     drawn = [parts[_drawn(event.draw, 2 * hop + n, len(parts))] for n in range(2)]
     return _least(balancer, drawn, event, hop)

@@ -29,7 +29,10 @@ class Bucket:
 
     def wait_s(self, now_s: float) -> float:
         """Seconds from then on."""
-        return max(0.0, self.level_s - max(0.0, now_s - self.at_s))
+        left_s = self.level_s
+        if now_s > self.at_s:
+            left_s -= now_s - self.at_s
+        return max(0.0, left_s)
 
     def fill(self, at_s: float, work_s: float) -> None:
         """So much more from then on."""
