@@ -9,7 +9,6 @@ that.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,8 +176,9 @@ def candidates(
     aims = list(STYLES) if wanted == "latency" else [wanted]
     objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
     placements: list[tuple[str, Placement]] = []
-    with contextlib.suppress(BudgetError):  # some model fits on no server whole
-        placements.append(("whole models", whole_models(cluster)))
+    whole = _whole(cluster)
+    if whole is not None:
+        placements.append(("whole models", whole))
     begin_s = clock()
     for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
@@ -191,6 +191,13 @@ def candidates(
         if all(set(placement.parts) != set(other.parts) for _, other in placements):
             placements.append((f"plan for {objective}", placement))
     return [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
+
+
+def _whole(cluster: Cluster) -> Placement | None:
+    try:
+        return whole_models(cluster)
+    except BudgetError:
+        return None  # some model fits on no server whole
 
 
 def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:
