@@ -8,7 +8,6 @@ from itertools import count
 import pytest
 from tests.sim.cases import MACHINE, MB, cluster, model, servers
 
-from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster
 from lasagna.policy.placement import PlanOptions
 from lasagna.sim.judging import Judged, Verdict, best_of, plan_judged
@@ -75,11 +74,13 @@ def test_a_model_that_fits_no_server_whole_is_planned_all_the_same() -> None:
     tiny = replace(MACHINE, budget=14 * MB)
     wide = replace(model(6, 0.03, weight=5 * MB), running_bytes=(6 * MB,) * 6)
     given = cluster(servers(2, tiny), {"a": wide}, rate=1.0)
-    try:
-        found = judged(given, PlanOptions("throughput", 2.0))
-    except BudgetError:
-        pytest.skip("this machine's margins leave no room for any part")
-    assert found.verdicts
+    found = judged(given, PlanOptions("throughput", 2.0))
+    assert {one.candidate.name for one in found.verdicts} <= {
+        "plan for latency",
+        "plan for throughput",
+    }
+    assert verdict(found).throughput > 0
+    assert len(found.best.placement.parts) > 1
 
 
 def test_a_plan_that_is_hardly_better_does_not_displace_a_simple_one() -> None:

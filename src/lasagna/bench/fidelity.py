@@ -33,7 +33,7 @@ from lasagna.bench.local import (
     serve,
 )
 from lasagna.bench.machine import read_commit
-from lasagna.bench.report import Bar, Result
+from lasagna.bench.report import Bar, Result, read_rows
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
@@ -114,7 +114,7 @@ def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -
     if reason is not None:
         raise LasagnaError(f"no emulator here: {reason}")
     file = out / ("fidelity-rows-quick.json" if quick else "fidelity-rows.json")
-    rows = _read(file) if only else []
+    rows = read_rows(file, Row) if only else []
     for part in only or (QUICK if quick else tuple(PARTS)):
         measured = asyncio.run(_part(part, quick=quick))
         rows = [row for row in rows if row.part != part] + measured
@@ -139,15 +139,6 @@ def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -
         extra={"emulated": "the EPC: real page traffic, charges as published", "load": LOAD},
         figure=_figure(rows),
     )
-
-
-def _read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=list[Row])
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{path} is of another version: {error}; remove it") from None
 
 
 async def _part(part: str, *, quick: bool) -> list[Row]:

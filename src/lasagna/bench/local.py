@@ -32,14 +32,13 @@ from lasagna.bench.local_report import (
     Row,
     bars_of,
     figure_of,
-    read_rows,
     table_of,
     write_rows,
 )
 from lasagna.bench.machine import read_commit
 from lasagna.bench.native_batch import NativeBatcher
 from lasagna.bench.plain_session import native_session
-from lasagna.bench.report import Result
+from lasagna.bench.report import Result, read_rows
 from lasagna.bench.served import SealedModel, Served
 from lasagna.enclave.messages import Stats
 from lasagna.errors import LasagnaError, UsageError
@@ -130,7 +129,7 @@ def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -
     if reason is not None:
         raise LasagnaError(f"no emulator here: {reason}")
     file = out / ("local-rows-quick.json" if quick else "local-rows.json")
-    rows = read_rows(file) if only else []
+    rows = read_rows(file, Row) if only else []
     scenarios = only or (QUICK if quick else tuple(SCENARIOS))
     rows = asyncio.run(_run(scenarios, rows, file, quick=quick))
     table = out / file.with_suffix(".md").name

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from lasagna.bench.load import Outcome
 from lasagna.bench.report import Bar
-from lasagna.errors import UsageError
 from lasagna.policy.predictions import PredictionErrors
 from lasagna.units import format_bytes
 
@@ -160,20 +159,6 @@ def _over_on_demand(row: Row) -> Bar:
         enough = 0.95 * row.median("native") / row.median("on-demand typical")
         return Bar(name, value, min(1.2, enough))
     return Bar(name, value, most)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows that were measured before.
-
-    Raises:
-        UsageError: the file is not of this version.
-    """
-    if not path.exists():
-        return []
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=list[Row])
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{path} is of another version: {error}; remove it") from None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lasagna.bench.machine import Noise, read_commit, read_machine, read_versions
+from lasagna.errors import UsageError
 from lasagna.native import build_info
 
 if TYPE_CHECKING:
@@ -70,6 +71,23 @@ class Result:
     bars: Sequence[Bar]
     extra: Mapping[str, object] = field(default_factory=dict)
     figure: Figure | None = None
+
+
+_Row = TypeVar("_Row")
+
+
+def read_rows(path: Path, kind: type[_Row]) -> list[_Row]:
+    """Rows of a benchmark that is measured in parts; none where there is no file yet.
+
+    Raises:
+        UsageError: the file is not of this version.
+    """
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[kind])  # type: ignore[valid-type]
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{path} is of another version: {error}; remove it") from None
 
 
 def write_results(

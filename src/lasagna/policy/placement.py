@@ -151,7 +151,7 @@ class _Search:
         near: Mapping[int, Sequence[Column]],
         until_s: float,
     ) -> Choice:
-        """The better of two choices to begin the search with."""
+        """The best of some choices to begin the search with, in large clusters after exchanges."""
         if len(self.cluster.servers) <= LARGE:
             return self._rounded(columns, most, near, until_s)
         nothing: list[list[Column]] = [[] for _ in self.cluster.servers]
