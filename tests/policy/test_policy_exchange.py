@@ -64,6 +64,17 @@ def test_a_poor_model_gets_room_on_a_rich_ones_server() -> None:
     assert scale_of(given_, found) > 1.3 * before
 
 
+def test_a_server_too_small_for_anything_stays_empty() -> None:
+    """Beside one that is large enough, which does all the work."""
+    model = linear([4 * MB] * 2, [100_000] * 2, [0.01] * 2)
+    given_ = cluster([server("small", 200_000), server("large", 30 * MB)], {"m": model})
+    _, free = columns_for(given_)
+    assert not free[0]
+    found = searched(given_, Choice(((), ())))
+    assert not found.columns[0]
+    assert found.columns[1]
+
+
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(clusters())
 def test_whatever_is_found_fits(given_: Cluster) -> None:

@@ -267,12 +267,14 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
         here = [(server, *label) for (at, server), label in reached.items() if at == cut]
         for part, costs, belief, share in network.some(cut, event.draw) if here else ():
             held_s = share.wait_s(event.at_s)
+            through_s = belief.through_s(costs, rows)
+            if best is not None and event.at_s + held_s + through_s > best[0]:
+                continue  # no route through it ends sooner
             for server, time_s, route in here:
                 before = balancer.servers[server] if server else None
                 comes_s = carried_s(costs.in_bytes * rows, time_s, before, belief)
                 wait_s = belief.backlog_s(comes_s)
-                ends_s = comes_s + (max(wait_s, held_s))
-                ends_s += belief.through_s(costs, rows)
+                ends_s = comes_s + (max(wait_s, held_s)) + through_s
                 if part.last == network.slices:
                     ends_s = carried_s(costs.out_bytes * rows, ends_s, belief, None)
                     if best is None or (ends_s, -costs.rate) < best[:2]:

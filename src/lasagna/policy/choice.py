@@ -92,17 +92,14 @@ class Choice:
             return stage.plan.rows
         return min(stage.plan.rows, self._most(model)[0])
 
-    def answer_s(self, model: ModelState, now_s: float, wait_s: float, deadline_s: float) -> float:
+    def answer_s(self, model: ModelState, now_s: float, wait_s: float) -> float:
         """When a request that comes in now would be answered: in a full batch, if it has to wait.
 
         Args:
             model: that it is for.
             now_s: the time.
             wait_s: seconds of work before it.
-            deadline_s: of it; without one there is no answer too late, so none is reckoned.
         """
-        if deadline_s == NEVER:
-            return now_s
         turn_s = self._most(model)[1] if wait_s > 0.0 else self.through_s(model, 0)
         return now_s + wait_s + turn_s
 

@@ -17,6 +17,8 @@ BATCHES: Final = (1, 2, 4, 8)
 """Batch sizes of a profile's curves, as in ``package.format.PROFILE_BATCHES``."""
 _WEIGHT: Final = 0.2
 """Of the newest measurement in a factor: halves an error in three steps."""
+_TELLING: Final = 0.005
+"""Share by which a factor has to differ to be another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,25 +107,34 @@ def _on_curve(values: tuple[float, ...] | tuple[int, ...], rows: int) -> float:
 
 
 class Correction:
-    """A factor that follows measurements."""
+    """A factor that follows measurements.
+
+    Attributes:
+        factor: measured seconds over the profile's, of late.
+        measured: whether there was a measurement.
+    """
+
+    __slots__ = ("_follows", "factor", "measured")
 
     def __init__(self, factor: float = 1.0) -> None:
         """Begin with a factor; the first measurement replaces it."""
-        self._factor = factor
+        self.factor = self._follows = factor
         self.measured = False
 
-    @property
-    def factor(self) -> float:
-        """Measured seconds over the profile's, of late."""
-        return self._factor
-
-    def note(self, profile_s: float, measured_s: float) -> None:
+    def note(self, profile_s: float, measured_s: float) -> bool:
         """A step took so long, for which the profile has so much.
 
         What is too short to be measured, or not in the profile, changes nothing.
+
+        Returns:
+            Whether the factor is another one: small differences are gathered before it changes,
+            since what was reckoned with it is out of date then.
         """
         if profile_s <= 0.0 or measured_s <= 0.0:
-            return
+            return False
         ratio = measured_s / profile_s
-        self._factor += (_WEIGHT if self.measured else 1.0) * (ratio - self._factor)
-        self.measured = True
+        self._follows += (_WEIGHT if self.measured else 1.0) * (ratio - self._follows)
+        if self.measured and abs(self._follows - self.factor) <= _TELLING * self.factor:
+            return False
+        self.factor, self.measured = self._follows, True
+        return True

@@ -93,10 +93,10 @@ class _Exchange:
                     ways.setdefault(_part(column), []).append(column)
                 table = tables[id(own)] = _Table(
                     own,
-                    np.array([c.work_s for c in own]),
-                    np.array([program.row_of(c.model, c.first) for c in own]),
-                    np.array([program.row_of(c.model, c.last) for c in own]),
-                    np.array([c.first == 0 for c in own]),
+                    np.array([c.work_s for c in own], float),
+                    np.array([program.row_of(c.model, c.first) for c in own], int),
+                    np.array([program.row_of(c.model, c.last) for c in own], int),
+                    np.array([c.first == 0 for c in own], bool),
                     np.array([c.in_bytes for c in own], float),
                     np.array([c.out_bytes for c in own], float),
                     ways,

@@ -99,7 +99,7 @@ class FairQueue:
         if self.overdue(now_s, patience_s):
             return next(iter(self._oldest.values()))
         tenants = self._lines[max(self._lines)]
-        tenant = min(tenants, key=self._shares.behind)
+        tenant = min(tenants, key=self._shares.behind) if len(tenants) > 1 else next(iter(tenants))
         return next(iter(tenants[tenant].values()))
 
     def overdue(self, now_s: float, patience_s: float) -> bool:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+STEPS: Final = 12
+"""Halvings in the search for a rate: to a part in 4,000 of it, beyond which pins hardly change."""
+HIGHEST: Final = 64
+"""Doublings after which no rate is high enough."""
 
 
 def choose_pinned(
@@ -25,10 +31,12 @@ def choose_pinned(
     Returns:
         Numbers of the slices to pin; their weights take at most ``room`` bytes.
     """
-    low, high = 0.0, 1.0
-    while sum(sizes[n] for n in _pins(sizes, times, high, ring)) > room and high < 1e30:
-        high *= 4
-    for _ in range(60):
+    low, high = 0.0, sum(sizes) / max(sum(times), 1e-12)  # a turn's bytes in a turn's time
+    for _ in range(HIGHEST):
+        if sum(sizes[n] for n in _pins(sizes, times, high, ring)) <= room:
+            break
+        low, high = high, 2 * high
+    for _ in range(STEPS):
         middle = (low + high) / 2
         fits = sum(sizes[n] for n in _pins(sizes, times, middle, ring)) <= room
         low, high = (low, middle) if fits else (middle, high)

@@ -124,32 +124,35 @@ class Predictions:
         Returns:
             Whether that says something of all models: what was predicted of them is out of date.
         """
-        model.learn((stage,))
-        self._note_compute(model, stage, rows, ran.compute_s)
+        changed = self._note_compute(model, stage, rows, ran.compute_s)
         seal_s = self._sealing_s(model, stage, rows)
         if seal_s > 0.0:
-            _correct(stage.sealing, self._seal_errors, seal_s, ran.seal_s)
+            changed |= _correct(stage.sealing, self._seal_errors, seal_s, ran.seal_s)
+        if changed:
+            model.learn((stage,))
         if ran.load_bytes < TELLING_BYTES:
             return False
-        before = self._loading.factor
         load_s = ran.load_bytes / self.machine.load_rate
-        _correct(self._loading, self._load_errors, load_s, ran.load_s)
-        return self._loading.factor != before
+        return _correct(self._loading, self._load_errors, load_s, ran.load_s)
 
     def _note_compute(
         self, model: ModelState, stage: StageState, rows: int, measured_s: float
-    ) -> None:
+    ) -> bool:
+        """Whether predictions of the stage are out of date."""
+        own = stage.by_rows.get(rows)
+        if own is None:
+            own = stage.by_rows[rows] = Correction(stage.correction.factor)
         profile_s = self._profile_s(model, stage, rows)
+        if profile_s <= 0.0 or measured_s <= 0.0:
+            return False
         first, last = stage.plan.first, stage.plan.last
-        if profile_s > 0.0 and measured_s > 0.0:
-            calls_s = SLICE_S * (last - first) + copy_s(model.costs, first, rows)
-            self._measured_s = REMEMBERED * self._measured_s + measured_s
-            self._expected_s = REMEMBERED * self._expected_s + profile_s + calls_s
-        own = stage.by_rows.setdefault(rows, Correction(stage.correction.factor))
-        if stage.correction.measured and profile_s > 0.0 and measured_s > 0.0:
+        calls_s = SLICE_S * (last - first) + copy_s(model.costs, first, rows)
+        self._measured_s = REMEMBERED * self._measured_s + measured_s
+        self._expected_s = REMEMBERED * self._expected_s + profile_s + calls_s
+        if stage.correction.measured:
             self._compute_errors.note(own.factor * profile_s, measured_s)
-        own.note(profile_s, measured_s)
-        stage.correction.note(profile_s, measured_s)
+        changed = own.note(profile_s, measured_s)
+        return stage.correction.note(profile_s, measured_s) or changed
 
     def _exposed_s(self, model: ModelState, stage: StageState, rows: int) -> float:
         """Seconds of loading that computing does not hide, by the profile's measure of both."""
@@ -178,9 +181,10 @@ class Predictions:
         return found
 
 
-def _correct(factor: Correction, record: _Record, profile_s: float, measured_s: float) -> None:
+def _correct(factor: Correction, record: _Record, profile_s: float, measured_s: float) -> bool:
+    """Whether the factor is another one."""
     if profile_s <= 0.0 or measured_s <= 0.0:
-        return
+        return False
     if factor.measured:
         record.note(factor.factor * profile_s, measured_s)
-    factor.note(profile_s, measured_s)
+    return factor.note(profile_s, measured_s)

@@ -156,18 +156,19 @@ class Scheduler:
         if model is None:
             out.append(GiveUp(event.request, f"no model {event.model!r} is served here"))
             return
-        wait_s = self.backlog_s()
         request = Request(event, event.rows, event.rows)
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
-            self._refuse(request, wait_s, reason, out)
+            self._refuse(request, self.backlog_s(), reason, out)
             return
         deadline_s = request.deadline_s
         model.limited(deadline_s - event.at_s)
-        if self._choice.answer_s(model, event.at_s, wait_s, deadline_s) > deadline_s:
-            reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
-            self._refuse(request, wait_s, reason, out)
-            return
+        if event.deadline_s is not None:
+            wait_s = self.backlog_s()
+            if self._choice.answer_s(model, event.at_s, wait_s) > deadline_s:
+                reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
+                self._refuse(request, wait_s, reason, out)
+                return
         self._requests[event.request] = request
         self._arranger.arrived(event.model, event.rows, event.at_s)
         waiting = Waiting(
@@ -181,8 +182,7 @@ class Scheduler:
 
     def _leave(self, request: int, step: Step, out: list[Command]) -> None:
         """The request is no longer waited for, whatever has become of it."""
-        gone = self._requests.pop(request, None)
-        if gone is None:
+        if (gone := self._requests.pop(request, None)) is None:
             return
         known = gone.inside
         gone.move(step)
