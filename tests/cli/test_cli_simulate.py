@@ -140,6 +140,11 @@ def test_recorded_arrivals_are_taken_as_they_are(folder: Path) -> None:
         ('arrivals = { kind = "recorded" }', "file goes with kind"),
         ('arrivals = { file = "x" }', "file goes with kind"),
         ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
+        ('trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1 }]', "needs taken_mb"),
+        (
+            'trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1, taken_mb = 90 }]',
+            "MB of EPC that 's-1' has for models",
+        ),
         ("mix = [{ at_s = 1, demand = { inception_v3 = 1 } }]", "did you mean 'inception_v2'"),
         ("mix = [{ at_s = 1, demand = { inception_v2 = 0 } }]", "one demand must be above 0"),
         (

@@ -196,6 +196,15 @@ def test_what_fits_nowhere_is_said() -> None:
         plan_cluster(cluster([server("a")], {"m": costs}), QUICK)
 
 
+@pytest.mark.parametrize("others", [1, 20])
+def test_a_server_too_small_for_anything_gets_nothing(others: int) -> None:
+    """The others have all the work, and nobody fails."""
+    model = linear([4 * MB] * 2, [100_000] * 2, [0.01] * 2)
+    large = [server(f"s{n}", 30 * MB) for n in range(others)]
+    plan = plan_cluster(cluster([server("small", 200_000), *large], {"m": model}))
+    assert {part.server for part in plan.parts} == {one.name for one in large}
+
+
 def test_many_models_find_room_on_few_servers() -> None:
     """Where shares of time can't be rounded, every model still gets a chain."""
     costs = linear([4 * MB] * 3, [200_000] * 3, [0.003] * 3)

@@ -9,7 +9,7 @@ from tests.sim.cases import MB, cluster, load, model, placed, servers
 from lasagna.policy.cluster import Part
 from lasagna.sim.arrivals import merge
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.options import EnclaveDies, Options, ServerDies, ServerSlows
+from lasagna.sim.options import EnclaveDies, EpcTaken, Options, ServerDies, ServerSlows
 
 
 def digest(seed: int) -> str:
@@ -31,7 +31,12 @@ def digest(seed: int) -> str:
     )
     outcome = run.run(
         arrivals,
-        [ServerDies(1.0, "s0", 0.5), EnclaveDies(2.0, "s1", 0.3), ServerSlows(2.5, "s2", 3.0)],
+        [
+            ServerDies(1.0, "s0", 0.5),
+            EnclaveDies(2.0, "s1", 0.3),
+            ServerSlows(2.5, "s2", 3.0),
+            EpcTaken(3.0, "s3", 30 * MB, 0.4),
+        ],
     )
     log.update(outcome.requests.latencies_s().tobytes())
     return log.hexdigest()

@@ -23,7 +23,7 @@ from lasagna.policy.state import Settings
 from lasagna.sim.arrivals import Arrival, merge
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Fate
-from lasagna.sim.options import EnclaveDies, Options, ServerDies, ServerSlows, Trouble
+from lasagna.sim.options import EnclaveDies, EpcTaken, Options, ServerDies, ServerSlows, Trouble
 from lasagna.sim.planner import Planner
 
 PLANNER = Planner()
@@ -64,6 +64,7 @@ troubles = st.lists(
             EnclaveDies, st.floats(0.0, 3.0), st.sampled_from(["s0", "s1", "s2"]), st.just(0.3)
         ),
         st.builds(ServerSlows, st.floats(0.0, 3.0), st.just("s1"), st.floats(0.5, 20.0)),
+        st.builds(EpcTaken, st.floats(0.0, 3.0), st.just("s1"), st.integers(0, 50 * MB)),
     ),
     max_size=4,
 )
@@ -177,6 +178,38 @@ def test_a_lost_enclave_keeps_its_queue() -> None:
     )
     assert outcome.requests.figures().answered == len(arrivals)
     assert 0.7 < outcome.requests.latencies_s().max() < 1.5
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_epc_that_is_taken_is_not_used(dead: bool) -> None:
+    """The server begins anew with the rest, sooner or later, and loses no request."""
+    big = model(8, 0.02, weight=5 * MB)
+    described = cluster(servers(1), {"a": big})
+    arrivals = load(4, 20.0, 6.0, "a")
+    troubles: list[Trouble] = [EpcTaken(1.5, "s0", 40 * MB, 0.5)]
+    if dead:
+        troubles.append(ServerDies(1.0, "s0", 2.0))
+    run = simulated(described, everywhere(described))
+    outcome = run.run(arrivals, troubles)
+    plan = run.servers["s0"].enclave.scheduler.plan
+    assert plan is not None
+    assert plan.total_bytes <= 20 * MB
+    figures = outcome.requests.figures()
+    assert figures.answered + figures.refused == len(arrivals)
+    assert figures.refused < (40 if dead else 15)  # while nobody serves the model
+
+
+def test_what_tenants_give_back_is_used_again() -> None:
+    """All weights are pinned before, some between, all after."""
+    big = model(8, 0.02, weight=5 * MB)
+    described = cluster(servers(1), {"a": big})
+    run = simulated(described, everywhere(described))
+    run.run(
+        load(4, 20.0, 6.0, "a"), [EpcTaken(1.0, "s0", 40 * MB, 0.5), EpcTaken(3.0, "s0", 0, 0.5)]
+    )
+    plan = run.servers["s0"].enclave.scheduler.plan
+    assert plan is not None
+    assert list(plan.pinned.values()) == [frozenset(range(8))]
 
 
 def test_a_server_that_slows_down_is_reported_and_gets_less() -> None:

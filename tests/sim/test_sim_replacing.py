@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sim.cases import MB, cluster, load, model, placed, servers
+from tests.sim.cases import MACHINE, MB, cluster, load, model, placed, servers
 
 from lasagna.policy.balancer_events import Ended, Replaced
 from lasagna.policy.cluster import Part
@@ -17,7 +17,7 @@ from lasagna.policy.placement import PlanOptions
 from lasagna.policy.state import Settings
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Outcome
-from lasagna.sim.options import Options, ServerDies, ServerSlows, Trouble
+from lasagna.sim.options import EpcTaken, Options, ServerDies, ServerSlows, Trouble
 from lasagna.sim.planner import Planner
 from lasagna.sim.replacing import Replanning
 
@@ -68,6 +68,28 @@ def test_a_server_that_slows_down_is_planned_for_anew() -> None:
     assert "s2" in {part.server for part in run.balancers[0].placement.parts}
 
 
+def test_a_server_with_less_epc_is_planned_for_anew() -> None:
+    """Where streaming takes longer than computing, the model goes to a server that can pin it."""
+    models = {"a": MODELS["a"], "b": model(6, 0.03, weight=5 * MB, max_rows=2)}
+    slow = cluster(servers(3, replace(MACHINE, load_rate=1e8)), models, rate=10.0)
+    run = VirtualCluster(slow, APART, OPTIONS, planner=PLANNER)
+    outcome = run.run(load(1, 20.0, 12.0, "a", "b"), [EpcTaken(2.0, "s1", 40 * MB, 0.5)])
+    assert outcome.moves.applied >= 1
+    assert outcome.requests.figures().refused < 20  # while nobody serves the model
+    assert "s2" in {part.server for part in run.balancers[0].placement.parts}
+
+
+def test_what_does_not_fit_any_more_is_served_by_another() -> None:
+    """Its memory is too small for one slice: without another placement its model is gone."""
+    taken = [EpcTaken(2.0, "s1", 58 * MB, 0.5)]
+    _, before = simulated(taken, replace(OPTIONS, replanning=None))
+    run, after = simulated(taken)
+    assert before.figures()["b"].refused > 80
+    assert after.figures()["b"].refused < 20
+    assert after.figures()["a"].answered == before.figures()["a"].answered
+    assert not run.balancers[0].placement.on("s1")
+
+
 def test_without_a_change_nothing_is_looked_for() -> None:
     _, outcome = simulated([])
     assert outcome.moves.looked == 0
@@ -109,6 +131,13 @@ changes = st.one_of(
         st.one_of(st.floats(0.1, 3.0), st.just(float("inf"))),
     ),
     st.builds(ServerSlows, st.floats(0.5, 8.0), st.just("s1"), st.floats(0.5, 8.0)),
+    st.builds(
+        EpcTaken,
+        st.floats(0.5, 8.0),
+        st.sampled_from(["s0", "s1"]),
+        st.integers(0, 59 * MB),
+        st.floats(0.1, 3.0),
+    ),
 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster, Part, Server, part_of, sliced
+from lasagna.policy.cluster import Cluster, Part, Server, forms_on, sliced
 from lasagna.policy.costs import SLICED
 from lasagna.policy.memory import divide_best
 from lasagna.policy.placed import PartCosts, Placement
@@ -104,10 +104,7 @@ def lanes_of(
 def _plan(
     cluster: Cluster, server: Server, parts: Mapping[Part, PartCosts], style: Style
 ) -> MemoryPlan:
-    forms = {
-        part.key: part_of(cluster.models[part.model], part.first, part.last, server.speed)
-        for part in parts
-    }
+    forms = forms_on(cluster.models, parts, server)
     rates = {part.key: costs.rate for part, costs in parts.items()}
     try:
         return divide_best(forms, rates, style.shapes(server.machine), style)

@@ -21,7 +21,7 @@ from lasagna.policy.cluster import Cluster
 from lasagna.policy.costs import Forms
 from lasagna.policy.placement import PlanOptions
 from lasagna.sim.arrivals import Arrival, diurnal, gamma, mmpp, poisson, recorded, requests
-from lasagna.sim.options import EnclaveDies, ServerDies, ServerSlows, Trouble
+from lasagna.sim.options import EnclaveDies, EpcTaken, ServerDies, ServerSlows, Trouble
 from lasagna.sim.policies import CLUSTER_POLICIES, ClusterPolicy, cluster_policy
 from lasagna.sim.replacing import Replanning
 from lasagna.units import MIB
@@ -43,12 +43,13 @@ class _Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: Literal["server-dies", "enclave-dies", "server-slows"]
+    kind: Literal["server-dies", "enclave-dies", "server-slows", "epc-taken"]
     server: str
     at_s: _NotNegative
     back_after_s: _Positive | None = None
     restart_s: _Positive = 3.0
     factor: _Positive = 2.0
+    taken_mb: _NotNegative | None = None
 
 
 class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -233,3 +234,11 @@ def _trouble(one: _Trouble, cluster: Cluster, path: Path) -> Trouble:
             return EnclaveDies(one.at_s, one.server, one.restart_s)
         case "server-slows":
             return ServerSlows(one.at_s, one.server, one.factor)
+        case "epc-taken":
+            budget = cluster.server(one.server).machine.budget
+            if one.taken_mb is None or one.taken_mb * 1e6 >= budget:
+                raise UsageError(
+                    f"{path}, [[trouble]]: epc-taken needs taken_mb, 0 or more and less than the "
+                    f"{budget / 1e6:g} MB of EPC that {one.server!r} has for models"
+                )
+            return EpcTaken(one.at_s, one.server, int(one.taken_mb * 1e6), one.restart_s)

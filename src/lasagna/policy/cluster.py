@@ -9,7 +9,7 @@ does for models (stages, batches, pins) it does for parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -154,3 +154,12 @@ def is_chain(parts: Sequence[Part], slices: int) -> bool:
     """Whether these take a request from the model's first slice through its last."""
     joined = all(a.last == b.first and a.model == b.model for a, b in pairwise(parts))
     return bool(parts) and joined and parts[0].first == 0 and parts[-1].last == slices
+
+
+def forms_on(
+    models: Mapping[str, Forms], parts: Iterable[Part], server: Server
+) -> dict[str, Forms]:
+    """What a server's scheduler knows of these parts, by their keys."""
+    return {
+        part.key: part_of(models[part.model], part.first, part.last, server.speed) for part in parts
+    }

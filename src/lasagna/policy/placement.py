@@ -197,7 +197,7 @@ class _Search:
         ends = {name: {0, length} for name, length in lengths_of(self.cluster).items()}
         for column in used:
             ends[column.model] |= {column.first, column.last}
-        found: dict[int, list[Column]] = {}
+        found: dict[int, list[Column]] = {kind: [] for kind in self._kinds}
         for kind in sorted({column.kind for column in columns}):
             parts: dict[tuple[str, int, int], list[Column]] = {}
             for column in columns:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster, Part, part_of, sliced
+from lasagna.policy.cluster import Cluster, Part, forms_on, sliced
 from lasagna.policy.columns import Column, columns_of, kinds_of
 from lasagna.policy.flow import Choice, place, relaxed
 from lasagna.policy.memory import require_fits
@@ -222,13 +222,10 @@ def steps(
 
 
 def _fits(cluster: Cluster, server: str, parts: Iterable[Part]) -> bool:
-    forms = {
-        part.key: part_of(cluster.models[part.model], part.first, part.last)
-        for part in parts
-        if part.server == server
-    }
+    there = cluster.server(server)
+    forms = forms_on(cluster.models, (one for one in parts if one.server == server), there)
     try:
-        require_fits(forms, cluster.server(server).machine.shapes()[-1])
+        require_fits(forms, there.machine.shapes()[-1])
     except BudgetError:
         return False
     return True

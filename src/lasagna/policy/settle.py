@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster, Part, Server, part_of
+from lasagna.policy.cluster import Cluster, Part, Server, forms_on
 from lasagna.policy.columns import Column, kinds_of
 from lasagna.policy.flow import Choice, chosen
 from lasagna.policy.memory import divide_best
@@ -54,12 +54,7 @@ class Divisions:
         if found is None:
             if self.clock() > self.until_s:
                 return None
-            models = {
-                part.key: part_of(
-                    self.cluster.models[part.model], part.first, part.last, server.speed
-                )
-                for part in sorted(rates)
-            }
+            models = forms_on(self.cluster.models, sorted(rates), server)
             found = divide_best(models, demand, self.style.shapes(server.machine), self.style)
             self._known[key] = found
         return found

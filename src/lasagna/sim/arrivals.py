@@ -41,6 +41,12 @@ class Arrival(NamedTuple):
     priority: int = 0
 
 
+def draws(rng: np.random.Generator) -> Iterator[float]:
+    """Numbers from 0 to 1, without an end."""
+    while True:
+        yield from rng.random(_BLOCK).tolist()
+
+
 def poisson(rng: np.random.Generator, rate: float) -> Iterator[float]:
     """A Poisson process of so many a second."""
     return gamma(rng, rate, 1.0)

@@ -8,6 +8,7 @@ only what servers report: after a while, and as it was then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -27,17 +28,16 @@ from lasagna.policy.balancer_events import (
     ServerBack,
     ServerLost,
 )
-from lasagna.policy.cluster import Cluster, Part, Server, part_of
-from lasagna.policy.costs import Forms
+from lasagna.policy.cluster import Cluster, Part, Server, forms_on
 from lasagna.policy.events import Answer, Command, Event, GiveUp
 from lasagna.policy.placed import Placement
-from lasagna.sim.arrivals import Arrival
+from lasagna.sim.arrivals import Arrival, draws
 from lasagna.sim.calibration import noise
 from lasagna.sim.clock import NEVER, Clock
 from lasagna.sim.enclave import End, VirtualEnclave
 from lasagna.sim.metrics import Fate, Moves, Outcome, Requests
 from lasagna.sim.network import Network
-from lasagna.sim.options import EnclaveDies, Options, ServerDies, ServerSlows, Trouble
+from lasagna.sim.options import EnclaveDies, EpcTaken, Options, ServerDies, ServerSlows, Trouble
 from lasagna.sim.planner import Planner
 from lasagna.sim.replacing import Replacing
 from lasagna.sim.server import Flow, MakeEnclave, VirtualServer
@@ -46,7 +46,6 @@ Heard: TypeAlias = Callable[[str, Event | BalancerEvent, Sequence[Command | Bala
 """Is shown who was told what, and what that led to: a server's name, or ``balancer N``."""
 _SPREAD: Final = 2654435761
 """Knuth's multiplicative hash: which balancer gets a request must not follow the mix's order."""
-_DRAWS: Final = 4096
 
 
 class VirtualCluster:
@@ -97,7 +96,7 @@ class VirtualCluster:
         self._requests = Requests()
         self._placement = placement
         self._parts = placement.parts
-        self._draws = _draws(np.random.default_rng((seed, 0)))
+        self._draws = draws(np.random.default_rng((seed, 0)))
         self.clock = Clock()
         self.network = Network(self.clock, cluster.servers)
         self.balancers = [
@@ -109,7 +108,7 @@ class VirtualCluster:
             server.name: VirtualServer(
                 self.clock,
                 server,
-                _models_on(cluster, placement, server),
+                forms_on(cluster.models, placement.on(server.name), server),
                 self._maker(server, planner, np.random.default_rng((seed, 1, number))),
                 self._left,
                 self._opened,
@@ -295,16 +294,19 @@ class VirtualCluster:
         factors = noise(rng, options.noise) if options.noise else None
         heard = partial(self._hear, server.name)
 
-        def make(ended: Callable[[End], None], opened: Callable[[], None]) -> VirtualEnclave:
+        def make(
+            taken: int, ended: Callable[[End], None], opened: Callable[[], None]
+        ) -> VirtualEnclave:
+            paging = options.paging.get(server.name)
             return VirtualEnclave(
                 self.clock,
-                server.machine,
+                replace(server.machine, budget=server.machine.budget - taken),
                 options.settings,
                 planner,
                 ended,
                 calibration=options.calibrations.get(server.name),
                 noise=factors,
-                paging=options.paging.get(server.name),
+                paging=paging and replace(paging, epc_bytes=paging.epc_bytes - taken),
                 heard=None if self._heard is None else heard,
                 opened=opened,
             )
@@ -345,10 +347,29 @@ class VirtualCluster:
                     server.enclave.die(restart_s)
             case ServerDies(_, _, back_after_s):
                 server.lose()
-                server.told_s = self.clock.now_s + self._options.detect_s
-                self.clock.at(server.told_s, self._lost, server)
+                self._tell_of(server)
                 if back_after_s < NEVER:
                     server.return_after(back_after_s)
+            case EpcTaken(_, _, taken_bytes, restart_s):
+                gone = server.take_epc(taken_bytes, restart_s)
+                self._tell_of(server)
+                if gone:
+                    self._drop(server, gone)
+
+    def _tell_of(self, server: VirtualServer) -> None:
+        """Balancers will notice that it is lost."""
+        server.told_s = self.clock.now_s + self._options.detect_s
+        self.clock.at(server.told_s, self._lost, server)
+
+    def _drop(self, server: VirtualServer, keys: Sequence[str]) -> None:
+        """Parts that its memory does not hold any more get no requests."""
+        placement = self.balancers[0].placement
+        gone = {p for p in placement.on(server.server.name) if p.key in keys}
+        if self._replacing is not None:
+            self._replacing.without(gone)
+        else:
+            left = {part: one for part, one in placement.parts.items() if part not in gone}
+            self._replaced(Replaced(self.clock.now_s, replace(placement, parts=left)))
 
     def _lost(self, server: VirtualServer) -> None:
         self._tell_all(ServerLost(self.clock.now_s, server.server.name))
@@ -375,15 +396,3 @@ class VirtualCluster:
             self._tell_all(ServerBack(self.clock.now_s, server.server.name))
             if self._replacing is not None:
                 self._replacing.noticed()
-
-
-def _models_on(cluster: Cluster, placement: Placement, server: Server) -> dict[str, Forms]:
-    return {
-        part.key: part_of(cluster.models[part.model], part.first, part.last, server.speed)
-        for part in placement.on(server.name)
-    }
-
-
-def _draws(rng: np.random.Generator) -> Iterator[float]:
-    while True:
-        yield from rng.random(_DRAWS).tolist()

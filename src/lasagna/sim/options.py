@@ -69,4 +69,17 @@ class ServerSlows:
     factor: float
 
 
-Trouble: TypeAlias = ServerDies | EnclaveDies | ServerSlows
+@dataclass(frozen=True, slots=True)
+class EpcTaken:
+    """From then on other tenants have so much of a server's EPC: it begins anew with the rest.
+
+    An enclave's memory is fixed when it is made. What a tenant gives back is less that is taken.
+    """
+
+    at_s: float
+    server: str
+    taken_bytes: int
+    restart_s: float = 3.0
+
+
+Trouble: TypeAlias = ServerDies | EnclaveDies | ServerSlows | EpcTaken

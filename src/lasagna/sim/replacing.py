@@ -10,7 +10,7 @@ simulates: what it takes on a real one is given.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
@@ -136,6 +136,10 @@ class Replacing:
             self._due = True
             self._clock.at(self._clock.now_s + self._how.after_s, self._look)
 
+    def without(self, parts: Collection[Part]) -> None:
+        """These are not there any more, though their servers will be."""
+        self._put({p: costs for p, costs in self.placement.parts.items() if p not in parts})
+
     def heard(self, server: str) -> None:
         """A server has reported."""
         ratio = self._beliefs[server].factor / self._factors[server]
@@ -195,7 +199,11 @@ class Replacing:
     def _known(self) -> Cluster | None:
         """The cluster as balancers believe it is."""
         alive = tuple(
-            replace(server, speed=server.speed / self._beliefs[server.name].factor)
+            replace(
+                server,
+                speed=server.speed / self._beliefs[server.name].factor,
+                machine=self._servers[server.name].machine,
+            )
             for server in self._cluster.servers
             if self._beliefs[server.name].alive
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TypeAlias
 
+from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Part, Server
 from lasagna.policy.costs import Forms
 from lasagna.policy.events import Arrived, Cancelled, ModelAdded, ModelRemoved
+from lasagna.policy.memory import require_fits
+from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import Counters, End, VirtualEnclave
@@ -51,8 +54,9 @@ class Flow:
         self.place: tuple[VirtualServer, int] | None = None
 
 
-MakeEnclave: TypeAlias = Callable[[Callable[[End], None], Callable[[], None]], VirtualEnclave]
-"""Makes a server's enclave, which calls these when a request leaves and when runs are possible."""
+MakeEnclave: TypeAlias = Callable[[int, Callable[[End], None], Callable[[], None]], VirtualEnclave]
+"""Makes a server's enclave with as many bytes less of EPC, which calls these when a request leaves
+and when runs are possible."""
 
 
 class VirtualServer:
@@ -65,6 +69,7 @@ class VirtualServer:
         alive: whether requests that come in are taken.
         losses: how often it was lost. What it sent before a loss and did not arrive is lost, too.
         told_s: when balancers were told of its last loss, which comes before its return.
+        taken_bytes: of its EPC that other tenants have.
     """
 
     def __init__(
@@ -99,7 +104,8 @@ class VirtualServer:
         self.losses = 0
         self.alive = True
         self.told_s = 0.0
-        self.enclave = make(self._ended, self._opened)
+        self.taken_bytes = 0
+        self.enclave = make(0, self._ended, self._opened)
         self._started = bool(models)
         if models:
             self.enclave.start(models, prepared=True)
@@ -110,6 +116,12 @@ class VirtualServer:
         now = self.enclave.counters
         names = [one.name for one in fields(Counters)]
         return Counters(*(getattr(self._before, n) + getattr(now, n) for n in names))
+
+    @property
+    def machine(self) -> Machine:
+        """What other tenants leave of it."""
+        machine = self.server.machine
+        return replace(machine, budget=machine.budget - self.taken_bytes)
 
     def figures(self, network: Network, seconds: float) -> ServerFigures:
         """What it has done in so many seconds, over which links."""
@@ -182,8 +194,40 @@ class VirtualServer:
         self.alive = self._started = False
         self._tickets.clear()
         self.enclave.stop()
-        self.enclave = self._make(self._ended, self._opened)
+        self._renew()
+
+    def _renew(self) -> None:
+        """The next enclave, which is not started."""
+        self.enclave = self._make(self.taken_bytes, self._ended, self._opened)
         self.enclave.slow(self._factor)
+
+    def take_epc(self, taken_bytes: int, pause_s: float) -> list[str]:
+        """Others have so much of its EPC: it is lost, and starts again with the rest.
+
+        Args:
+            taken_bytes: of its EPC.
+            pause_s: until it starts again.
+
+        Returns:
+            Keys of parts that don't fit any more: it has them on disk only.
+        """
+        self.taken_bytes = taken_bytes
+        least = self.machine.shapes()[-1]
+        fitting: dict[str, Forms] = {}
+        for key, forms in self.models.items():
+            try:
+                require_fits({**fitting, key: forms}, least)
+            except BudgetError:
+                continue
+            fitting[key] = forms
+        gone = [key for key in self.models if key not in fitting]
+        self.models = fitting
+        if self.alive or self._started:
+            self.lose()
+            self.return_after(pause_s)
+        else:  # it is to return at another time, or never
+            self._renew()
+        return gone
 
     def slow(self, factor: float) -> None:
         """From now on runs compute so many times as long as they did at first."""
