@@ -53,7 +53,7 @@ lint: $(VENV)/.stamp-test ## ruff and mypy
 .PHONY: test-unit
 test-unit: $(VENV)/.stamp-test ## the tests that start no enclave and no server: under a minute
 	$(call say,unit tests)
-	@$(BIN)/pytest -m 'not integration and not slow'
+	@$(BIN)/pytest -m 'not integration and not slow' -n auto
 
 .PHONY: test-integration
 test-integration: $(VENV)/.stamp-test ## the tests with real enclaves, servers and commands
