@@ -125,7 +125,8 @@ def _cell(number: int, servers: int, count: int) -> tuple[float, int, float]:
     load = itertools.islice(
         requests(rng, poisson(rng, LOAD * placement.throughput), dict(cluster.demand)), count
     )
-    options = Options(settings=Settings(queue_rows=10**6), balancers=BALANCERS, report_s=REPORT_S)
+    settings = Settings(queue_rows=10**6, stories=0)
+    options = Options(settings=settings, balancers=BALANCERS, report_s=REPORT_S)
     outcome = VirtualCluster(cluster, placement, options, seed=number).run(load)
     figures = outcome.requests.figures()
     return time.process_time() - begin, figures.answered, figures.p50_s

@@ -166,19 +166,19 @@ class Balancer:
         route = self._choose(self, network, event)
         if route is None:
             return Reject(event.request, 1.0, f"no servers have all of {event.model!r} now")
-        _, expected_s = self._times(event, route)
-        if event.deadline_s is not None and expected_s > event.deadline_s:
-            late_s = expected_s - event.deadline_s
-            return Reject(event.request, late_s, f"it would be answered {late_s:.3g} s too late")
-        self._note(event, route)
+        if event.deadline_s is not None:
+            late_s = self._times(event, route)[1] - event.deadline_s
+            if late_s > 0.0:
+                reason = f"it would be answered {late_s:.3g} s too late"
+                return Reject(event.request, late_s, reason)
         self._asked[event.request] = event
-        return Dispatch(event.request, route, expected_s)
+        return Dispatch(event.request, route, self._note(event, route))
 
-    def _note(self, event: Asked, route: tuple[Part, ...]) -> None:
-        """Believe what the route's servers and links will have to do."""
+    def _note(self, event: Asked, route: tuple[Part, ...]) -> float:
+        """Believe what the route's servers and links will have to do; when the answer is there."""
         self._routes[event.request] = route, 0
         self.servers[route[0].server].outstanding += 1
-        comes_s, _ = self._times(event, route, note=True)
+        comes_s, ends_s = self._times(event, route, note=True)
         for part, time_s in zip(route, comes_s, strict=True):
             costs, belief = self._placement.parts[part], self.servers[part.server]
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
@@ -187,6 +187,7 @@ class Balancer:
                 busy = min(1.0, self._busy[part.server])
                 rate = costs.rate / busy / belief.factor / self._balancers
                 share.fill(event.at_s, event.rows / rate)
+        return ends_s
 
     def _times(
         self, event: Asked, route: tuple[Part, ...], *, note: bool = False
@@ -262,19 +263,19 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
     """
     reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
     best: tuple[float, float, tuple[Part, ...]] | None = None
-    rows = event.rows
+    now_s, rows = event.at_s, event.rows
     for cut in network.begins:
         here = [(server, *label) for (at, server), label in reached.items() if at == cut]
         for part, costs, belief, share in network.some(cut, event.draw) if here else ():
-            held_s = share.wait_s(event.at_s)
+            held_s = share.level_s + share.at_s - now_s  # below 0 if nobody is before it
             through_s = belief.through_s(costs, rows)
-            if best is not None and event.at_s + held_s + through_s > best[0]:
+            if best is not None and now_s + max(0.0, held_s) + through_s > best[0]:
                 continue  # no route through it ends sooner
             for server, time_s, route in here:
                 before = balancer.servers[server] if server else None
                 comes_s = carried_s(costs.in_bytes * rows, time_s, before, belief)
                 wait_s = belief.backlog_s(comes_s)
-                ends_s = comes_s + (max(wait_s, held_s)) + through_s
+                ends_s = comes_s + max(wait_s, held_s) + through_s
                 if part.last == network.slices:
                     ends_s = carried_s(costs.out_bytes * rows, ends_s, belief, None)
                     if best is None or (ends_s, -costs.rate) < best[:2]:

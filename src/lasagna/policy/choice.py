@@ -200,7 +200,7 @@ class Choice:
             assert oldest is not None
             since_s, deadline_s = oldest.since_s, oldest.deadline_s
             overdue = model.outside.overdue(now_s, self._patience_s)
-            behind = model.outside.behind(now_s, self._patience_s)
+            behind = 0.0 if overdue else model.outside.behind()
         if self._in_order or overdue:
             return (_OVERDUE, since_s)
         if deadline_s < NEVER:

@@ -108,10 +108,9 @@ class FairQueue:
         late = oldest is not None and now_s - oldest.since_s >= patience_s
         return late and self._in_turn >= OUT_OF_TURN
 
-    def behind(self, now_s: float, patience_s: float) -> float:
-        """Virtual time of the tenant that is next; the least of all models' goes first."""
-        head = self.head(now_s, patience_s)
-        return 0.0 if head is None else self._shares.behind(head.tenant)
+    def behind(self) -> float:
+        """Virtual time of the tenant whose turn it is; the least of all models' goes first."""
+        return min(map(self._shares.behind, self._lines[max(self._lines)]))
 
     def oldest(self) -> Waiting | None:
         """Who has waited longest."""

@@ -86,7 +86,7 @@ class Scheduler:
         self._arranger = Arranger(machine, settings.style)
         self._predictions = Predictions(machine)
         self._choice = Choice(self._predictions, settings.patience_s, in_order=settings.in_order)
-        self.stories = Stories()
+        self.stories = Stories(settings.stories)
 
     @property
     def plan(self) -> MemoryPlan | None:

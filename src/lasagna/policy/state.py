@@ -34,6 +34,7 @@ class Settings:
         weights: of tenants; those that are not named have 1.
         style: what the division of the memory may make use of.
         in_order: who came first is served first, whatever that costs.
+        stories: of the last so many requests are kept, to be asked why.
     """
 
     queue_rows: int = 256
@@ -41,6 +42,7 @@ class Settings:
     weights: Mapping[str, float] = field(default_factory=dict)
     style: Style = field(default_factory=Style)
     in_order: bool = False
+    stories: int = 1000
 
 
 class Phase(Enum):

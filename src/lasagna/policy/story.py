@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Final
 
 from lasagna.policy.events import (
     Answer,
@@ -22,19 +21,19 @@ from lasagna.policy.events import (
     Run,
 )
 
-KEPT: Final = 1000
-
 
 class Stories:
     """The stories of the last requests."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int) -> None:
         """Keep so many."""
         self._kept = kept
         self._lines: OrderedDict[int, list[tuple[float, str, Event | Command]]] = OrderedDict()
 
     def record(self, event: Event, commands: Iterable[Command]) -> None:
         """An event was handled and led to these commands."""
+        if not self._kept:
+            return
         cause = type(event).__name__
         if isinstance(event, Arrived | Cancelled):
             self._note(event.request, event.at_s, cause, event)
