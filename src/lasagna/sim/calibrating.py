@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapreplace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -34,6 +35,8 @@ from lasagna.sim.runs import reckon
 
 LOADED: Final = 1_000_000
 """Bytes that a report of loading must have, to say how fast it was."""
+TOGETHER: Final = 0.1
+"""Share of a run that may be over when another one begins that still shares its loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class _Done:
     ran: Ran
     begin_s: float = 0.0
     beside: int = 0
+    gang: int = 1
 
 
 @dataclass(slots=True)
@@ -105,10 +109,20 @@ def calibrated(path: Path) -> Calibrated:
         of_models=of_models,
     )
     rests = _rests(seen.done, machine, found)
-    found = replace(found, entry_s=max(0.0, median(rest for rest, _ in rests)))
-    logarithms = [np.log(took / reckoned) for _, (took, reckoned) in rests if took > 0.0]
-    took_s = [seen.took_s[request] for request in seen.asked_s if request in seen.took_s]
-    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done), took_s)
+    by_stage: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for one, took_s, reckoned_s in rests:
+        by_stage[one.run.model, one.run.first, one.beside].append(took_s - reckoned_s)
+    of_stages = {stage: median(own) for stage, own in by_stage.items()}
+    entry_s = max(0.0, median(took_s - reckoned_s for _, took_s, reckoned_s in rests))
+    found = replace(found, entry_s=entry_s, of_stages=of_stages)
+    logarithms = [
+        np.log(took_s / expected_s)
+        for one, took_s, reckoned_s in rests
+        if took_s > 0.0
+        and (expected_s := reckoned_s + of_stages[one.run.model, one.run.first, one.beside]) > 0.0
+    ]
+    latencies_s = [seen.took_s[request] for request in seen.asked_s if request in seen.took_s]
+    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done), latencies_s)
 
 
 def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
@@ -160,6 +174,11 @@ def _begin(done: Sequence[_Done]) -> None:
         if begins:
             done[number].beside = max(0, running)
         running += 1 if begins else -1
+    for one, other in pairwise(sorted(done, key=lambda run: run.begin_s)):
+        if (one.run.model, one.run.first) == (other.run.model, other.run.first) and (
+            other.begin_s - one.begin_s < TOGETHER * (one.ran.at_s - one.begin_s)
+        ):
+            one.gang = other.gang = min(one.gang + 1, one.plan.lanes)
 
 
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
@@ -207,18 +226,19 @@ def _seal_factor(done: Sequence[_Done]) -> float:
 
 def _rests(
     done: Sequence[_Done], machine: Machine, found: Calibration
-) -> list[tuple[float, tuple[float, float]]]:
-    """Of each run, seconds that are not reckoned; and what it took, and what was reckoned."""
+) -> list[tuple[_Done, float, float]]:
+    """Of each run, seconds that it took, and that are reckoned for it."""
     rests = []
     for one in done:
         plan = one.plan
         took_s = one.ran.at_s - one.begin_s
+        idle = max(0, plan.lanes - max(one.beside + 1, one.gang))
         shape = replace(
             _shape(plan, machine), entry_s=0.0, load_rate=machine.load_rate / found.load
         )
         factor = found.compute_factor(one.run.model, one.run.first, one.rows, one.beside)
-        takes = reckon(plan, shape, one.run, one.rows, factor, found.seal)
-        rests.append((took_s - takes.total_s, (took_s, takes.total_s)))
+        takes = reckon(plan, shape, one.run, one.rows, factor, found.seal, one.gang, idle)
+        rests.append((one, took_s, takes.total_s))
     return rests
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lasagna.policy.costs import ModelCosts
 from lasagna.policy.paging import Paging
+from lasagna.policy.stages import Machine
 from lasagna.units import PAGE
 
 _BLOCK: Final = 4096
@@ -28,7 +29,10 @@ class Calibration:
         of_batches: instead of both, by model, first slice of the run, rows, and how many other runs
             were under way when it began: they share caches, memory's bandwidth, and what is loaded.
         load: factor of times to decrypt weights; seal: to open and seal rows.
-        entry_s: what a call into the enclave takes; None for the machine's.
+        entry_s: what a run takes beside computing, loading and sealing, a call into the enclave
+            first of all; None for the machine's. of_stages: instead, by model, first slice and
+            other runs under way: who helps with loads, who is in the way. Below 0 where loads hide
+            behind computing that are not thought to.
         arrange_s: of an arrangement, beside loading what is pinned.
         plan_s: of working out a plan, while requests go on.
     """
@@ -39,16 +43,30 @@ class Calibration:
     load: float = 1.0
     seal: float = 1.0
     entry_s: float | None = None
+    of_stages: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
     arrange_s: float = 0.0
     plan_s: float = 0.0
 
     def compute_factor(self, model: str, first: int, rows: int, beside: int = 0) -> float:
         """Of a run that begins at this slice with so many rows, beside so many other runs."""
-        for near in (beside, *range(beside - 1, -1, -1), *range(beside + 1, MOST_BESIDE)):
+        for near in _near(beside):
             found = self.of_batches.get((model, first, rows, near))
             if found is not None:
                 return found
         return self.compute * self.of_models.get(model, 1.0)
+
+    def rest_s(self, model: str, first: int, beside: int, machine: Machine) -> float:
+        """Seconds of such a run, beside computing, loading and sealing."""
+        for near in _near(beside):
+            found = self.of_stages.get((model, first, near))
+            if found is not None:
+                return found
+        return machine.entry_s if self.entry_s is None else self.entry_s
+
+
+def _near(beside: int) -> tuple[int, ...]:
+    """Numbers of runs, the nearest first; fewer before more."""
+    return (beside, *range(beside - 1, -1, -1), *range(beside + 1, MOST_BESIDE))
 
 
 def noise(rng: np.random.Generator, sigma: float) -> Iterator[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeAlias, assert_never
 
 from lasagna.policy.costs import Forms, ModelCosts
@@ -128,7 +129,7 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
-        self._takes: dict[tuple[str, int, int, int], Takes] = {}
+        self._takes: dict[tuple[str, int, int, int, tuple[int, int]], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
         """Add models, and let an enclave be ready for them.
@@ -221,7 +222,6 @@ class VirtualEnclave:
                 self._machine,
                 lanes=plan.lanes,
                 width=plan.width,
-                entry_s=self._entry_s,
                 load_rate=self._machine.load_rate / self._calibration.load,
             )
             if self._paging is None:
@@ -238,11 +238,6 @@ class VirtualEnclave:
         if self._prepared:
             takes_s, self._prepared = 0.0, False
         self._clock.at(self._clock.now_s + takes_s, self._arranged, self._life)
-
-    @property
-    def _entry_s(self) -> float:
-        known = self._calibration.entry_s
-        return self._machine.entry_s if known is None else known
 
     def _arranged(self, life: int) -> None:
         if life == self._life:
@@ -279,10 +274,14 @@ class VirtualEnclave:
             rows = 0
             for part in run.batch:
                 rows += part.count
-            key = (run.model, run.first, rows, self._running)
+            stage = run.model, run.first
+            gang = self._gangs.get(stage)
+            joins = gang is not None and now_s < gang.until_s
+            company = self._company(run, joins=joins)
+            key = (*stage, rows, self._running, company)
             takes = self._takes.get(key)
             if takes is None:
-                takes = self._takes[key] = self._reckon(run, rows)
+                takes = self._takes[key] = self._reckon(run, rows, *company)
             total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
             if self._noise is not None:
                 more_s = (next(self._noise) - 1.0) * compute_s
@@ -293,9 +292,10 @@ class VirtualEnclave:
                 compute_s += paging_s
                 total_s += paging_s
             elif loads:
-                if self._joins(run, takes):
+                if joins:
                     load_bytes, load_s = 0, 0.0
                 else:
+                    self._gangs[stage] = Gang(now_s, takes.total_s, 0.0, takes.ring_share)
                     counters.loads += loads
                     counters.loaded_bytes += load_bytes
             self._running += 1
@@ -306,14 +306,12 @@ class VirtualEnclave:
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
             clock.at(end_s, self._end, (self._life, ran))
 
-    def _joins(self, run: Run, takes: Takes) -> bool:
-        """Whether the run is in a gang with one that loads; else it begins one."""
-        key, now_s = (run.model, run.first), self._clock.now_s
-        gang = self._gangs.get(key)
-        if gang is not None and now_s < gang.until_s:
-            return True
-        self._gangs[key] = Gang(now_s, takes.total_s, 0.0, takes.ring_share)
-        return False
+    def _company(self, run: Run, *, joins: bool) -> tuple[int, int]:
+        """Runs that share its loads, this one included, and lanes that stay idle."""
+        free = self._shape.lanes - self._running
+        stage = run.model, run.first
+        following = [(one.model, one.first) for one in islice(self._queue, free - 1)]
+        return 1 + joins + following.count(stage), free - 1 - len(following)
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
         """Seconds in which the kernel loads pages for a pass.
@@ -338,10 +336,11 @@ class VirtualEnclave:
             self._running -= 1
             self.tell(ran)
 
-    def _reckon(self, run: Run, rows: int) -> Takes:
+    def _reckon(self, run: Run, rows: int, gang: int, idle: int) -> Takes:
         plan = self.scheduler.plan
         assert plan is not None
-        factor = self._slow * self._calibration.compute_factor(
-            run.model, run.first, rows, self._running
-        )
-        return reckon(plan, self._shape, run, rows, factor, self._calibration.seal)
+        known = self._calibration
+        factor = self._slow * known.compute_factor(run.model, run.first, rows, self._running)
+        rest_s = known.rest_s(run.model, run.first, self._running, self._machine)
+        shape = replace(self._shape, entry_s=rest_s)
+        return reckon(plan, shape, run, rows, factor, known.seal, gang, idle)

@@ -18,7 +18,6 @@ from lasagna.policy.stages import (
     APART_LOSS,
     SLICE_S,
     Machine,
-    alone_s,
     copy_s,
     sealing_s,
 )
@@ -52,7 +51,14 @@ class Gang:
 
 
 def reckon(
-    plan: MemoryPlan, machine: Machine, run: Run, rows: int, factor: float, seal_factor: float
+    plan: MemoryPlan,
+    machine: Machine,
+    run: Run,
+    rows: int,
+    factor: float,
+    seal_factor: float,
+    gang: int,
+    idle: int,
 ) -> Takes:
     """What a run takes, with the loads that its gang shares.
 
@@ -63,6 +69,9 @@ def reckon(
         rows: in it.
         factor: measured over profiled computing times.
         seal_factor: the same of opening and sealing.
+        gang: runs that share its loads, this one included.
+        idle: lanes with nothing to do. Where computing takes all cores, the gang's threads and
+            those of idle lanes load while it waits; who runs something else does not help.
     """
     costs, pinned = plan.costs[run.model], plan.pinned[run.model]
     first, last = run.first, run.last
@@ -72,7 +81,7 @@ def reckon(
     compute_s = factor * compute_s + copy_s(costs, first, rows) + SLICE_S * (last - first)
     sizes = [costs.slices[n].weight_bytes for n in range(first, last) if n not in pinned]
     load_s = sum(sizes) / machine.load_rate
-    bare_s = 0.0
+    bare_s = load_s / min((gang + idle) * machine.width, machine.cores)
     if machine.spare_cores and sizes:
         steps = [
             (
@@ -85,8 +94,8 @@ def reckon(
         bare_s = stall_s(steps, plan.slots, threads)
     seal_s = seal_factor * sealing_s(costs, first, last, rows)
     # Threads with a batch each wait for each other where they share loads; they compute no more.
-    lost_s = APART_LOSS * compute_s if machine.lanes > 1 and sizes else 0.0
-    total_s = alone_s(compute_s + lost_s + seal_s, load_s, bare_s, machine)
+    lost_s = APART_LOSS * compute_s if gang > 1 and sizes else 0.0
+    total_s = max(compute_s, compute_s + lost_s + seal_s + bare_s + machine.entry_s)
     share = min(1.0, plan.slots / len(sizes)) if sizes else 0.0
     return Takes(total_s, compute_s, seal_s, len(sizes), sum(sizes), load_s, share)
 
