@@ -32,6 +32,8 @@ TRIED: Final = 24
 """Columns that are tried between two looks at the prices."""
 EACH: Final = 3
 """Of these, for one server."""
+WIDEST: Final = 64
+"""By how much more columns are tried where none of these helps, before the search ends."""
 GAIN: Final = 1e-6
 """Of the sum that counts as better."""
 
@@ -55,6 +57,49 @@ def exchanged(
         left: whether there is time for another attempt.
     """
     return _Exchange(cluster, choice, columns, bound).run(left)
+
+
+def best_exchanged(
+    cluster: Cluster,
+    begins: Sequence[Choice],
+    columns: Mapping[int, Sequence[Column]],
+    bound: float,
+    value: Callable[[Choice], float],
+    *,
+    clock: Callable[[], float],
+    until_s: float,
+) -> tuple[float, Choice]:
+    """The best choice after exchanges from several beginnings, of which the better half goes on.
+
+    A round takes half of the time that is left, the last one all of it (successive halving,
+    Jamieson and Talwalkar, AISTATS 2016): which beginning is the best shows only on the way.
+
+    Args:
+        cluster: as of ``exchanged``, like the next three.
+        begins: one or more.
+        columns: of each server.
+        bound: on the scale.
+        value: of a choice; the largest is the best.
+        clock: seconds of a steady clock.
+        until_s: when to stop, on it.
+
+    Returns:
+        Its value, and the choice.
+    """
+
+    def before(ends_s: float) -> Callable[[], bool]:
+        return lambda: clock() < ends_s
+
+    while True:
+        share_s = (until_s - clock()) / len(begins) / (2 if len(begins) > 1 else 1)
+        found: list[tuple[float, Choice]] = []
+        for begin in begins:
+            choice = exchanged(cluster, begin, columns, bound, before(clock() + share_s))
+            found.append((value(choice), choice))
+        found.sort(key=lambda one: -one[0])
+        if len(found) == 1:
+            return found[0]
+        begins = [choice for _, choice in found[: len(found) // 2]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +153,29 @@ class _Exchange:
         self._value = program.solve()
 
     def run(self, left: Callable[[], bool]) -> Choice:
-        better = True
-        while better and left():
-            better = False
-            for number, column in self._promising():
+        wide, failed = 1, set[tuple[int, Column]]()
+        while left():
+            promising = self._promising(wide)
+            fresh = [one for one in promising if one not in failed]
+            if not fresh and wide > WIDEST:
+                break
+            for number, column in fresh:
                 if not left():
                     break
                 if self._try(number, column):
-                    better = True
+                    wide, failed = 1, set()
                     break
+                failed.add((number, column))
+            else:
+                wide *= 2
         return Choice(tuple(map(tuple, self._here)))
 
-    def _promising(self) -> list[tuple[int, Column]]:
-        """Columns that gain most for a second of a server's time, by the prices of now."""
+    def _promising(self, wide: int) -> list[tuple[int, Column]]:
+        """Columns that gain most for a second of a server's time, by the prices of now.
+
+        Args:
+            wide: by how much more of them, where the first ones have not helped.
+        """
         prices = self._program.prices()
         into, out = self._joints()
         every: list[tuple[float, int, int]] = []
@@ -135,12 +190,12 @@ class _Exchange:
             carried = prices[come] * table.in_bytes[places]
             carried += prices[leave] * table.out_bytes[places]
             gains = (worth - carried / server.bandwidth) / table.work_s[places] - prices[time]
-            best = np.argsort(-gains)[:EACH]
+            best = np.argsort(-gains)[: EACH * wide]
             every += [(float(gains[index]), number, int(places[index])) for index in best]
         every.sort(key=lambda one: (-one[0], one[1], one[2]))
         return [
             (number, self._tables[number].columns[index])
-            for gain, number, index in every[:TRIED]
+            for gain, number, index in every[: TRIED * wide]
             if gain > GAIN and self._tables[number].columns[index] not in self._here[number]
         ]
 

@@ -17,7 +17,7 @@ from typing import Final
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.columns import ALONE, CUTS, Column, columns_of, cuts_of, kinds_of
-from lasagna.policy.exchange import exchanged
+from lasagna.policy.exchange import best_exchanged
 from lasagna.policy.flow import (
     Choice,
     Flows,
@@ -161,15 +161,15 @@ class _Search:
             # First what serves all models and has the most shared out.
             begins = [Choice(tuple(map(tuple, lean))), *begins]
             begins = [self._shared_out(most, near, lean), *begins]
-        every, found = self._every(columns), []
-        for begin in begins:
-            choice = exchanged(
-                self.cluster, begin, every, most.scale, lambda: self.clock() < until_s
-            )
-            found.append((self._value(choice, chosen(self.cluster, choice, "throughput")), choice))
-            if self.clock() >= until_s:
-                break
-        value, best = max(found, key=lambda one: one[0])
+        value, best = best_exchanged(
+            self.cluster,
+            begins,
+            self._every(columns),
+            most.scale,
+            lambda one: self._value(one, chosen(self.cluster, one, "throughput")),
+            clock=self.clock,
+            until_s=until_s,
+        )
         return best if value > 0.0 else self._rounded(columns, most, near, until_s)
 
     @property
