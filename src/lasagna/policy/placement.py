@@ -42,6 +42,8 @@ LARGE: Final = 6
 """Servers beyond which columns are exchanged one server at a time first."""
 EACH: Final = 120
 """Columns of a server that is chosen anew, beside those that it has."""
+EXCHANGING: Final = 0.2
+"""Of the time, in small clusters, for exchanges before an integer program goes on from there."""
 SEARCHING: Final = 0.8
 """Share of the time that the search has where servers' planners are asked afterwards."""
 FRUITLESS: Final = 12
@@ -151,9 +153,12 @@ class _Search:
         near: Mapping[int, Sequence[Column]],
         until_s: float,
     ) -> Choice:
-        """The best of some choices to begin the search with, in large clusters after exchanges."""
-        if len(self.cluster.servers) <= LARGE:
-            return self._rounded(columns, most, near, until_s)
+        """The best of some choices to begin the search with, after exchanges."""
+        small = len(self.cluster.servers) <= LARGE
+        if small and (self.options.objective != "throughput" or self.cluster.limits_s):
+            return self._rounded(columns, most, near, until_s)  # exchanges know no latencies
+        if small:
+            until_s = self.clock() + EXCHANGING * max(0.0, until_s - self.clock())
         nothing: list[list[Column]] = [[] for _ in self.cluster.servers]
         lean = self._lean(columns)
         begins = [Choice(tuple(map(tuple, nothing))), self._shared_out(most, near, nothing)]
