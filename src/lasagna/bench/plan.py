@@ -38,7 +38,8 @@ SEED: Final = 20_261_125
 
 
 FAST: Final = PlanOptions(time_limit_s=5.0, settled=False)
-"""In the time that `lasagna plan` takes unless told otherwise; by what columns promise, as the exact way is."""
+"""In the time that ``lasagna plan`` takes if not told otherwise; by what columns promise, as the
+exact way is."""
 
 
 def random_model(rng: np.random.Generator, slices: int, largest: int) -> ModelCosts:
