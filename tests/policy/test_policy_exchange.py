@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from hypothesis import HealthCheck, given, settings
 from tests.policy.machine import MB, linear
 from tests.policy.test_policy_placement import cluster, clusters, server
 
 from lasagna.policy.cluster import Cluster, sliced
 from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
-from lasagna.policy.exchange import exchanged
+from lasagna.policy.exchange import best_exchanged, exchanged
 from lasagna.policy.flow import Choice, chosen, fits, relaxed
 
 
@@ -62,6 +64,34 @@ def test_a_poor_model_gets_room_on_a_rich_ones_server() -> None:
     assert before > 0
     found = searched(given_, Choice(tuple(begin)))
     assert scale_of(given_, found) > 1.3 * before
+
+
+def test_time_is_given_to_the_better_beginnings() -> None:
+    """The result is no worse than any beginning, however little time there is, and it ends."""
+    model = linear([2 * MB] * 3, [100_000] * 3, [0.01] * 3)
+    given_ = cluster([server(f"s{n}") for n in range(4)], {"m": model})
+    columns, free = columns_for(given_)
+    most = relaxed(given_, columns, "throughput")
+    assert most is not None
+    whole = max((c for c in free[0] if (c.first, c.last) == (0, 3)), key=lambda c: c.own_bytes)
+    begins = [Choice(((whole,), (whole,), (), ())), Choice(((),) * 4), Choice(((), (), (), ()))]
+    values = []
+    for time in (0.0, 10.0, 1e9):
+        looks = count()
+        value, found = best_exchanged(
+            given_,
+            begins,
+            free,
+            most[0].scale,
+            lambda one: scale_of(given_, one),
+            clock=lambda looks=looks: float(next(looks)),  # type: ignore[misc]
+            until_s=time,
+        )
+        assert value == scale_of(given_, found)
+        assert value >= scale_of(given_, begins[0]) > 0
+        values.append(value)
+    assert values[-1] > 0.99 * most[0].scale
+    assert scale_of(given_, begins[0]) < 0.6 * most[0].scale
 
 
 def test_a_server_too_small_for_anything_stays_empty() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.sim.cases import MACHINE, MB, load, model
 from lasagna.errors import UsageError
 from lasagna.journal import JournalWriter
 from lasagna.policy.events import Arrived
+from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
 from lasagna.sim.calibrating import calibrated
 from lasagna.sim.calibration import Calibration
@@ -27,15 +29,21 @@ TRUE = Calibration(
 )
 
 
-def recorded(path: Path, rate: float, calibration: Calibration) -> list[float]:
+TWO_LANES = replace(MACHINE, lanes=2)
+"""No core to spare: threads load while they wait."""
+
+
+def recorded(
+    path: Path, rate: float, calibration: Calibration, machine: Machine = MACHINE
+) -> list[float]:
     """A journal of an enclave that takes what the calibration says; latencies of requests."""
     clock = Clock()
     asked: dict[int, float] = {}
     took: list[float] = []
-    with JournalWriter(path, MACHINE, SETTINGS) as writer:
+    with JournalWriter(path, machine, SETTINGS) as writer:
         enclave = VirtualEnclave(
             clock,
-            MACHINE,
+            machine,
             SETTINGS,
             Planner(),
             lambda end: took.append(clock.now_s - asked[end.request]),
@@ -74,12 +82,13 @@ def test_factors_are_found(tmp_path: Path) -> None:
     assert found.noise < 0.05
 
 
-def test_a_calibrated_simulation_takes_as_long(tmp_path: Path) -> None:
+@pytest.mark.parametrize("machine", [MACHINE, TWO_LANES], ids=["one lane", "two lanes"])
+def test_a_calibrated_simulation_takes_as_long(tmp_path: Path, machine: Machine) -> None:
     """The mean latency of the same arrivals, within three percent."""
     path, again = tmp_path / "journal.jsonl", tmp_path / "again.jsonl"
-    real = recorded(path, 6.0, TRUE)
-    simulated = recorded(again, 6.0, calibrated(path).calibration)
-    plain = recorded(again, 6.0, Calibration())
+    real = recorded(path, 6.0, TRUE, machine)
+    simulated = recorded(again, 6.0, calibrated(path).calibration, machine)
+    plain = recorded(again, 6.0, Calibration(), machine)
     mean = sum(real) / len(real)
     assert sum(simulated) / len(simulated) == pytest.approx(mean, rel=0.03)
     assert sum(plain) / len(plain) < 0.9 * mean

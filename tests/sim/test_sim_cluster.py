@@ -64,7 +64,13 @@ troubles = st.lists(
             EnclaveDies, st.floats(0.0, 3.0), st.sampled_from(["s0", "s1", "s2"]), st.just(0.3)
         ),
         st.builds(ServerSlows, st.floats(0.0, 3.0), st.just("s1"), st.floats(0.5, 20.0)),
-        st.builds(EpcTaken, st.floats(0.0, 3.0), st.just("s1"), st.integers(0, 50 * MB)),
+        st.builds(
+            EpcTaken,
+            st.floats(0.0, 3.0),
+            st.just("s1"),
+            st.integers(0, 55 * MB),
+            st.floats(0.05, 3.0),
+        ),
     ),
     max_size=4,
 )
@@ -200,16 +206,32 @@ def test_epc_that_is_taken_is_not_used(dead: bool) -> None:
 
 
 def test_what_tenants_give_back_is_used_again() -> None:
-    """All weights are pinned before, some between, all after."""
+    """Some weights are pinned while much is taken, all of them afterwards."""
     big = model(8, 0.02, weight=5 * MB)
     described = cluster(servers(1), {"a": big})
-    run = simulated(described, everywhere(described))
-    run.run(
-        load(4, 20.0, 6.0, "a"), [EpcTaken(1.0, "s0", 40 * MB, 0.5), EpcTaken(3.0, "s0", 0, 0.5)]
-    )
-    plan = run.servers["s0"].enclave.scheduler.plan
-    assert plan is not None
-    assert list(plan.pinned.values()) == [frozenset(range(8))]
+    troubles = [EpcTaken(1.0, "s0", 40 * MB, 0.5), EpcTaken(3.0, "s0", 0, 0.5)]
+    pinned = []
+    for until_s in (2.9, 9.0):
+        run = simulated(described, everywhere(described))
+        run.run(load(4, 20.0, 6.0, "a"), troubles, until_s=until_s)
+        plan = run.servers["s0"].enclave.scheduler.plan
+        assert plan is not None
+        pinned.append(sum(map(len, plan.pinned.values())))
+    assert pinned[0] < 4
+    assert pinned[1] == 8
+
+
+def test_what_does_not_fit_any_more_is_refused_and_nothing_is_lost() -> None:
+    """Also where the server is back before anybody has noticed that it was away."""
+    described = cluster(servers(2), {"a": model(2, 0.02, weight=9 * MB), "b": MODELS["b"]})
+    placement = placed(described, [Part("a", 0, 2, "s0"), Part("b", 0, 6, "s1")])
+    arrivals = load(4, 40.0, 6.0, "a", "b")
+    run = simulated(described, placement, Options(settings=ROOMY, detect_s=1.0))
+    outcome = run.run(arrivals, [EpcTaken(2.0, "s0", 52 * MB, 0.1)])
+    figures = {name: outcome.requests.figures(name) for name in "ab"}
+    assert figures["a"].refused > 30
+    assert figures["a"].refused + figures["a"].answered == figures["a"].count
+    assert figures["b"].answered == figures["b"].count
 
 
 def test_a_server_that_slows_down_is_reported_and_gets_less() -> None:

@@ -90,15 +90,20 @@ def best_exchanged(
     def before(ends_s: float) -> Callable[[], bool]:
         return lambda: clock() < ends_s
 
+    best = float("-inf"), begins[0]
     while True:
         share_s = (until_s - clock()) / len(begins) / (2 if len(begins) > 1 else 1)
         found: list[tuple[float, Choice]] = []
+        exhausted = True
         for begin in begins:
-            choice = exchanged(cluster, begin, columns, bound, before(clock() + share_s))
+            ends_s = clock() + share_s
+            choice = exchanged(cluster, begin, columns, bound, before(ends_s))
+            exhausted &= clock() < ends_s
             found.append((value(choice), choice))
         found.sort(key=lambda one: -one[0])
-        if len(found) == 1:
-            return found[0]
+        best = max(best, found[0], key=lambda one: one[0])
+        if exhausted or len(found) == 1:
+            return best
         begins = [choice for _, choice in found[: len(found) // 2]]
 
 
@@ -154,12 +159,9 @@ class _Exchange:
 
     def run(self, left: Callable[[], bool]) -> Choice:
         wide, failed = 1, set[tuple[int, Column]]()
-        while left():
+        while wide <= WIDEST and left():
             promising = self._promising(wide)
-            fresh = [one for one in promising if one not in failed]
-            if not fresh and wide > WIDEST:
-                break
-            for number, column in fresh:
+            for number, column in (one for one in promising if one not in failed):
                 if not left():
                     break
                 if self._try(number, column):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 STEPS: Final = 12
-"""Halvings in the search for a rate: to a part in 4,000 of it, beyond which pins hardly change."""
+"""Halvings in the search for a rate, beyond which pins hardly change."""
 HIGHEST: Final = 64
 """Doublings after which no rate is high enough."""
 

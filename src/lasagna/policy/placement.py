@@ -128,14 +128,13 @@ class _Search:
         free = {number: near[kind] for number, kind in enumerate(self._kinds)}
         if sum(map(len, self._every(columns).values())) <= SMALL:
             free = self._every(columns)
-        if begin is not None:
-            free = {n: [*dict.fromkeys((*begin.columns[n], *free[n]))] for n in free}
         if self.options.exact:
             every = self._every(columns)
             nothing = Choice(((),) * len(cluster.servers))
             choice, flows = place(cluster, nothing, every, objective, moving=self.moving)
         else:
             choice = begin or self._begun(columns, most, near, until_s)
+            free = {n: [*dict.fromkeys((*choice.columns[n], *free[n]))] for n in free}
             if objective == "latency" and chosen(cluster, choice, objective) is None:
                 half_s = (self.clock() + until_s) / 2  # first serve all of it, then fast
                 choice, _ = self._improved(choice, free, "throughput", half_s)
@@ -157,8 +156,9 @@ class _Search:
         small = len(self.cluster.servers) <= LARGE
         if small and (self.options.objective != "throughput" or self.cluster.limits_s):
             return self._rounded(columns, most, near, until_s)  # exchanges know no latencies
+        ends_s = until_s
         if small:
-            until_s = self.clock() + EXCHANGING * max(0.0, until_s - self.clock())
+            ends_s = self.clock() + EXCHANGING * max(0.0, until_s - self.clock())
         nothing: list[list[Column]] = [[] for _ in self.cluster.servers]
         lean = self._lean(columns)
         begins = [Choice(tuple(map(tuple, nothing))), self._shared_out(most, near, nothing)]
@@ -173,7 +173,7 @@ class _Search:
             most.scale,
             lambda one: self._value(one, chosen(self.cluster, one, "throughput")),
             clock=self.clock,
-            until_s=until_s,
+            until_s=ends_s,
         )
         return best if value > 0.0 else self._rounded(columns, most, near, until_s)
 

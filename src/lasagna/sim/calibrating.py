@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapreplace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -35,6 +34,8 @@ from lasagna.sim.runs import reckon
 
 LOADED: Final = 1_000_000
 """Bytes that a report of loading must have, to say how fast it was."""
+SEVERAL: Final = 5
+"""Runs alike that say what such runs take: fewer may have been disturbed."""
 TOGETHER: Final = 0.1
 """Share of a run that may be over when another one begins that still shares its loads."""
 
@@ -73,6 +74,7 @@ class _Done:
     begin_s: float = 0.0
     beside: int = 0
     gang: int = 1
+    idle: int = 0
 
 
 @dataclass(slots=True)
@@ -112,14 +114,13 @@ def calibrated(path: Path) -> Calibrated:
     by_stage: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for one, took_s, reckoned_s in rests:
         by_stage[one.run.model, one.run.first, one.beside].append(took_s - reckoned_s)
-    of_stages = {stage: median(own) for stage, own in by_stage.items()}
+    of_stages = {stage: median(own) for stage, own in by_stage.items() if len(own) >= SEVERAL}
     entry_s = max(0.0, median(took_s - reckoned_s for _, took_s, reckoned_s in rests))
     found = replace(found, entry_s=entry_s, of_stages=of_stages)
     logarithms = [
         np.log(took_s / expected_s)
         for one, took_s, reckoned_s in rests
-        if took_s > 0.0
-        and (expected_s := reckoned_s + of_stages[one.run.model, one.run.first, one.beside]) > 0.0
+        if took_s > 0.0 and (expected_s := reckoned_s + _rest_s(one, found, machine)) > 0.0
     ]
     latencies_s = [seen.took_s[request] for request in seen.asked_s if request in seen.took_s]
     return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done), latencies_s)
@@ -158,6 +159,10 @@ def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
     return seen
 
 
+def _rest_s(one: _Done, found: Calibration, machine: Machine) -> float:
+    return found.rest_s(one.run.model, one.run.first, one.beside, machine)
+
+
 def _begin(done: Sequence[_Done]) -> None:
     """When each run began, and beside how many others: it takes the lane that is free first."""
     lanes = 0
@@ -174,11 +179,21 @@ def _begin(done: Sequence[_Done]) -> None:
         if begins:
             done[number].beside = max(0, running)
         running += 1 if begins else -1
-    for one, other in pairwise(sorted(done, key=lambda run: run.begin_s)):
-        if (one.run.model, one.run.first) == (other.run.model, other.run.first) and (
-            other.begin_s - one.begin_s < TOGETHER * (one.ran.at_s - one.begin_s)
-        ):
-            one.gang = other.gang = min(one.gang + 1, one.plan.lanes)
+    gang: list[_Done] = []
+    for one in sorted(done, key=lambda run: run.begin_s):
+        if not gang or not _shares(gang[0], one):
+            gang = []
+        gang.append(one)
+        for others, mate in enumerate(gang):
+            mate.gang = len(gang)
+            mate.idle = max(0, one.plan.lanes - len(gang) - max(0, mate.beside - others))
+
+
+def _shares(first: _Done, one: _Done) -> bool:
+    """Whether a run began early enough in another one to share its loads."""
+    late_s = one.begin_s - first.begin_s
+    same = (one.run.model, one.run.first) == (first.run.model, first.run.first)
+    return same and late_s < TOGETHER * (first.ran.at_s - first.begin_s)
 
 
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
@@ -232,12 +247,11 @@ def _rests(
     for one in done:
         plan = one.plan
         took_s = one.ran.at_s - one.begin_s
-        idle = max(0, plan.lanes - max(one.beside + 1, one.gang))
         shape = replace(
             _shape(plan, machine), entry_s=0.0, load_rate=machine.load_rate / found.load
         )
         factor = found.compute_factor(one.run.model, one.run.first, one.rows, one.beside)
-        takes = reckon(plan, shape, one.run, one.rows, factor, found.seal, one.gang, idle)
+        takes = reckon(plan, shape, one.run, one.rows, factor, found.seal, one.gang, one.idle)
         rests.append((one, took_s, takes.total_s))
     return rests
 

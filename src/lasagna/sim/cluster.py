@@ -233,8 +233,9 @@ class VirtualCluster:
         flow, attempt, sender, losses = facts
         if attempt != flow.attempt or (sender is not None and sender.losses != losses):
             return
-        server = self.servers[flow.route[flow.hop].server]
-        if not server.alive:
+        part = flow.route[flow.hop]
+        server = self.servers[part.server]
+        if not server.alive or part.key not in server.models:
             return
         if flow.hop:
             due_s = self.clock.now_s + server.server.delay_s
@@ -351,20 +352,21 @@ class VirtualCluster:
                 if back_after_s < NEVER:
                     server.return_after(back_after_s)
             case EpcTaken(_, _, taken_bytes, restart_s):
-                gone = server.take_epc(taken_bytes, restart_s)
-                self._tell_of(server)
-                if gone:
-                    self._drop(server, gone)
+                was_alive = server.alive
+                server.take_epc(taken_bytes, restart_s)
+                if was_alive:
+                    self._tell_of(server)
+                self.clock.at(max(self.clock.now_s, server.told_s), self._drop, server)
 
     def _tell_of(self, server: VirtualServer) -> None:
         """Balancers will notice that it is lost."""
         server.told_s = self.clock.now_s + self._options.detect_s
         self.clock.at(server.told_s, self._lost, server)
 
-    def _drop(self, server: VirtualServer, keys: Sequence[str]) -> None:
+    def _drop(self, server: VirtualServer) -> None:
         """Parts that its memory does not hold any more get no requests."""
         placement = self.balancers[0].placement
-        gone = {p for p in placement.on(server.server.name) if p.key in keys}
+        gone = {p for p in placement.on(server.server.name) if p.key not in server.models}
         if self._replacing is not None:
             self._replacing.without(gone)
         else:

@@ -7,7 +7,7 @@ loaded: as long as what the first of them has used is still in the ring.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -129,6 +129,7 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
+        self._under_way: Counter[tuple[str, int]] = Counter()
         self._takes: dict[tuple[str, int, int, int, tuple[int, int]], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
@@ -168,6 +169,7 @@ class VirtualEnclave:
         self._queue.clear()
         self._gangs.clear()
         self._running = 0
+        self._under_way.clear()
         if self._resident is not None:
             self._resident.clear()
 
@@ -277,7 +279,7 @@ class VirtualEnclave:
             stage = run.model, run.first
             gang = self._gangs.get(stage)
             joins = gang is not None and now_s < gang.until_s
-            company = self._company(run, joins=joins)
+            company = self._company(stage, joins=joins)
             key = (*stage, rows, self._running, company)
             takes = self._takes.get(key)
             if takes is None:
@@ -299,19 +301,20 @@ class VirtualEnclave:
                     counters.loads += loads
                     counters.loaded_bytes += load_bytes
             self._running += 1
+            self._under_way[stage] += 1
             counters.runs += 1
             counters.tasks += rows * (run.last - run.first)
             counters.busy_s += total_s / lanes
             end_s = now_s + total_s
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
-            clock.at(end_s, self._end, (self._life, ran))
+            clock.at(end_s, self._end, (self._life, stage, ran))
 
-    def _company(self, run: Run, *, joins: bool) -> tuple[int, int]:
-        """Runs that share its loads, this one included, and lanes that stay idle."""
+    def _company(self, stage: tuple[str, int], *, joins: bool) -> tuple[int, int]:
+        """Runs that share a run's loads, it included, and lanes that stay idle."""
         free = self._shape.lanes - self._running
-        stage = run.model, run.first
         following = [(one.model, one.first) for one in islice(self._queue, free - 1)]
-        return 1 + joins + following.count(stage), free - 1 - len(following)
+        mates = self._under_way[stage] if joins else 0
+        return 1 + mates + following.count(stage), free - 1 - len(following)
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
         """Seconds in which the kernel loads pages for a pass.
@@ -330,10 +333,11 @@ class VirtualEnclave:
         self._gangs[key] = Gang(now_s, alone_s + paging_s, paging_s, share)
         return paging_s
 
-    def _end(self, facts: tuple[int, Ran]) -> None:
-        life, ran = facts
+    def _end(self, facts: tuple[int, tuple[str, int], Ran]) -> None:
+        life, stage, ran = facts
         if life == self._life:
             self._running -= 1
+            self._under_way[stage] -= 1
             self.tell(ran)
 
     def _reckon(self, run: Run, rows: int, gang: int, idle: int) -> Takes:

@@ -137,7 +137,9 @@ class Replacing:
             self._clock.at(self._clock.now_s + self._how.after_s, self._look)
 
     def without(self, parts: Collection[Part]) -> None:
-        """These are not there any more, though their servers will be."""
+        """A server has other memory: these parts are gone, and steps that reckoned with it."""
+        self._turn += 1
+        self._steps.clear()
         self._put({p: costs for p, costs in self.placement.parts.items() if p not in parts})
 
     def heard(self, server: str) -> None:

@@ -105,7 +105,7 @@ class VirtualServer:
         self.alive = True
         self.told_s = 0.0
         self.taken_bytes = 0
-        self.enclave = make(0, self._ended, self._opened)
+        self._renew()
         self._started = bool(models)
         if models:
             self.enclave.start(models, prepared=True)
@@ -197,19 +197,24 @@ class VirtualServer:
         self._renew()
 
     def _renew(self) -> None:
-        """The next enclave, which is not started."""
-        self.enclave = self._make(self.taken_bytes, self._ended, self._opened)
+        """The next enclave, which is not started; a lost one's plans don't open it."""
+        losses = self.losses
+
+        def opened() -> None:
+            if losses == self.losses:
+                self._opened()
+
+        self.enclave = self._make(self.taken_bytes, self._ended, opened)
         self.enclave.slow(self._factor)
 
-    def take_epc(self, taken_bytes: int, pause_s: float) -> list[str]:
+    def take_epc(self, taken_bytes: int, pause_s: float) -> None:
         """Others have so much of its EPC: it is lost, and starts again with the rest.
+
+        Parts that don't fit any more it has on disk only.
 
         Args:
             taken_bytes: of its EPC.
             pause_s: until it starts again.
-
-        Returns:
-            Keys of parts that don't fit any more: it has them on disk only.
         """
         self.taken_bytes = taken_bytes
         least = self.machine.shapes()[-1]
@@ -220,14 +225,12 @@ class VirtualServer:
             except BudgetError:
                 continue
             fitting[key] = forms
-        gone = [key for key in self.models if key not in fitting]
         self.models = fitting
         if self.alive or self._started:
             self.lose()
             self.return_after(pause_s)
         else:  # it is to return at another time, or never
             self._renew()
-        return gone
 
     def slow(self, factor: float) -> None:
         """From now on runs compute so many times as long as they did at first."""
