@@ -152,10 +152,12 @@ def test_measured_factors_are_in_the_times_that_are_reported() -> None:
     assert rig.enclave.scheduler._predictions._loading.factor == pytest.approx(1.3)
     assert rig.enclave.scheduler.slowness == pytest.approx(3.0, rel=0.05)
     assert model_state.stages[0].sealing.factor == pytest.approx(4.0)
-    first = Calibration(of_batches={("a", 0, 4, 0): 5.0, ("a", 0, 4, 1): 6.0}, compute=2.0)
+    measured = {("a", 0, 4, 0, False): 5.0, ("a", 0, 4, 1, False): 6.0, ("a", 0, 4, 1, True): 4.5}
+    first = Calibration(of_batches=measured, compute=2.0)
     assert first.compute_factor("a", 0, 4) == 5.0
     assert first.compute_factor("a", 0, 4, beside=1) == 6.0
     assert first.compute_factor("a", 0, 4, beside=3) == 6.0
+    assert first.compute_factor("a", 0, 4, beside=2, in_step=True) == 4.5
     assert first.compute_factor("a", 0, 3) == 2.0
 
 
@@ -284,7 +286,7 @@ def test_lanes_lose_what_was_measured_where_they_share_loads() -> None:
     rig = Rig({"a": STREAMED}, Machine(60 * MB, 2, 4, 3.4e9, 0.0), apart)
     rig.answers("a", 2)
     ran = [ran for ran in rig.rans if ran.load_bytes]
-    shared = [one for key, one in rig.enclave._takes.items() if one.loads and key[-1][0] > 1]
+    shared = [one for key, one in rig.enclave._takes.items() if one.loads and key[-2][0] > 1]
     assert ran
     assert shared
     assert all(one.total_s >= (1 + APART_LOSS) * one.compute_s for one in shared)

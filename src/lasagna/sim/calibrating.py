@@ -29,15 +29,13 @@ from lasagna.policy.events import (
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import SLICE_S, Machine, sealing_s
-from lasagna.sim.calibration import Calibration
+from lasagna.sim.calibration import IN_STEP, Calibration
 from lasagna.sim.runs import reckon
 
 LOADED: Final = 1_000_000
 """Bytes that a report of loading must have, to say how fast it was."""
 SEVERAL: Final = 5
 """Runs alike that say what such runs take: fewer may have been disturbed."""
-TOGETHER: Final = 0.1
-"""Share of a run that may be over when another one begins that still shares its loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +109,14 @@ def calibrated(path: Path) -> Calibrated:
         of_models=of_models,
     )
     rests = _rests(seen.done, machine, found)
-    by_stage: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    alike: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
     for one, took_s, reckoned_s in rests:
-        by_stage[one.run.model, one.run.first, one.beside].append(took_s - reckoned_s)
-    of_stages = {stage: median(own) for stage, own in by_stage.items() if len(own) >= SEVERAL}
+        for rows in (one.rows, 0):
+            key = one.run.model, one.run.first, rows, one.beside
+            alike[key].append(took_s - reckoned_s)
+    rests_s = {key: median(own) for key, own in alike.items() if len(own) >= SEVERAL}
     entry_s = max(0.0, median(took_s - reckoned_s for _, took_s, reckoned_s in rests))
-    found = replace(found, entry_s=entry_s, of_stages=of_stages)
+    found = replace(found, entry_s=entry_s, rests_s=rests_s)
     logarithms = [
         np.log(took_s / expected_s)
         for one, took_s, reckoned_s in rests
@@ -160,7 +160,7 @@ def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
 
 
 def _rest_s(one: _Done, found: Calibration, machine: Machine) -> float:
-    return found.rest_s(one.run.model, one.run.first, one.beside, machine)
+    return found.rest_s(one.run.model, one.run.first, one.rows, one.beside, machine)
 
 
 def _begin(done: Sequence[_Done]) -> None:
@@ -193,7 +193,7 @@ def _shares(first: _Done, one: _Done) -> bool:
     """Whether a run began early enough in another one to share its loads."""
     late_s = one.begin_s - first.begin_s
     same = (one.run.model, one.run.first) == (first.run.model, first.run.first)
-    return same and late_s < TOGETHER * (first.ran.at_s - first.begin_s)
+    return same and late_s < IN_STEP * (first.ran.at_s - first.begin_s)
 
 
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
@@ -202,9 +202,9 @@ def _shape(plan: MemoryPlan, machine: Machine) -> Machine:
 
 def _compute_factors(
     done: Sequence[_Done], machine: Machine
-) -> tuple[dict[tuple[str, int, int, int], float], dict[str, float]]:
-    """Of each batch size at each stage, beside so many runs; and of each model."""
-    batches: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
+) -> tuple[dict[tuple[str, int, int, int, bool], float], dict[str, float]]:
+    """Of each batch size at each stage, beside so many runs, in step or not; and of each model."""
+    batches: dict[tuple[str, int, int, int, bool], list[float]] = defaultdict(list)
     models: dict[str, list[float]] = defaultdict(list)
     for one in done:
         run, costs = one.run, one.plan.costs[one.run.model]
@@ -214,7 +214,8 @@ def _compute_factors(
         )
         measured = one.ran.compute_s - SLICE_S * (run.last - run.first)
         if profiled > 0.0 and measured > 0.0:
-            batches[run.model, run.first, one.rows, one.beside].append(measured / profiled)
+            key = run.model, run.first, one.rows, one.beside, one.gang > 1
+            batches[key].append(measured / profiled)
             models[run.model].append(measured / profiled)
     of_models = {name: median(found) for name, found in models.items()}
     return {key: median(found) for key, found in batches.items()}, of_models
@@ -250,7 +251,9 @@ def _rests(
         shape = replace(
             _shape(plan, machine), entry_s=0.0, load_rate=machine.load_rate / found.load
         )
-        factor = found.compute_factor(one.run.model, one.run.first, one.rows, one.beside)
+        factor = found.compute_factor(
+            one.run.model, one.run.first, one.rows, one.beside, in_step=one.gang > 1
+        )
         takes = reckon(plan, shape, one.run, one.rows, factor, found.seal, one.gang, one.idle)
         rests.append((one, took_s, takes.total_s))
     return rests

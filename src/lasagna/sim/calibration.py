@@ -17,6 +17,9 @@ from lasagna.units import PAGE
 _BLOCK: Final = 4096
 MOST_BESIDE: Final = 8
 """Runs under way that are told apart."""
+IN_STEP: Final = 0.1
+"""Share of a run by which another one of the same stage may be ahead or behind, and share what is
+loaded for both, or the pages that the kernel loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,41 +29,46 @@ class Calibration:
     Attributes:
         compute: factor of all computing times.
         of_models: beside it, by model.
-        of_batches: instead of both, by model, first slice of the run, rows, and how many other runs
-            were under way when it began: they share caches, memory's bandwidth, and what is loaded.
+        of_batches: instead of both, by model, first slice of the run, rows, how many other runs
+            were under way when it began, and whether one of them is in step with it: they share
+            caches, memory's bandwidth, and what is loaded.
         load: factor of times to decrypt weights; seal: to open and seal rows.
         entry_s: what a run takes beside computing, loading and sealing, a call into the enclave
-            first of all; None for the machine's. of_stages: instead, by model, first slice and
-            other runs under way: who helps with loads, who is in the way. Below 0 where loads hide
-            behind computing that are not thought to.
+            first of all; None for the machine's.
+        rests_s: instead, as of_batches but for steps, and with 0 rows for all batches: who helps
+            with loads, who is in the way. Below 0 where loads hide that are not thought to.
         arrange_s: of an arrangement, beside loading what is pinned.
         plan_s: of working out a plan, while requests go on.
     """
 
     compute: float = 1.0
     of_models: Mapping[str, float] = field(default_factory=dict)
-    of_batches: Mapping[tuple[str, int, int, int], float] = field(default_factory=dict)
+    of_batches: Mapping[tuple[str, int, int, int, bool], float] = field(default_factory=dict)
     load: float = 1.0
     seal: float = 1.0
     entry_s: float | None = None
-    of_stages: Mapping[tuple[str, int, int], float] = field(default_factory=dict)
+    rests_s: Mapping[tuple[str, int, int, int], float] = field(default_factory=dict)
     arrange_s: float = 0.0
     plan_s: float = 0.0
 
-    def compute_factor(self, model: str, first: int, rows: int, beside: int = 0) -> float:
+    def compute_factor(
+        self, model: str, first: int, rows: int, beside: int = 0, *, in_step: bool = False
+    ) -> float:
         """Of a run that begins at this slice with so many rows, beside so many other runs."""
-        for near in _near(beside):
-            found = self.of_batches.get((model, first, rows, near))
-            if found is not None:
-                return found
+        for step in (in_step, not in_step):
+            for near in _near(beside):
+                found = self.of_batches.get((model, first, rows, near, step))
+                if found is not None:
+                    return found
         return self.compute * self.of_models.get(model, 1.0)
 
-    def rest_s(self, model: str, first: int, beside: int, machine: Machine) -> float:
+    def rest_s(self, model: str, first: int, rows: int, beside: int, machine: Machine) -> float:
         """Seconds of such a run, beside computing, loading and sealing."""
-        for near in _near(beside):
-            found = self.of_stages.get((model, first, near))
-            if found is not None:
-                return found
+        for known in (rows, 0):
+            for near in _near(beside):
+                found = self.rests_s.get((model, first, known, near))
+                if found is not None:
+                    return found
         return machine.entry_s if self.entry_s is None else self.entry_s
 
 

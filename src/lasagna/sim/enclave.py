@@ -7,7 +7,7 @@ loaded: as long as what the first of them has used is still in the ring.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,7 +39,7 @@ from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Calibration, Resident
+from lasagna.sim.calibration import IN_STEP, Calibration, Resident
 from lasagna.sim.clock import Clock
 from lasagna.sim.planner import Planner
 from lasagna.sim.runs import Gang, Takes, reckon
@@ -129,8 +129,8 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
-        self._under_way: Counter[tuple[str, int]] = Counter()
-        self._takes: dict[tuple[str, int, int, int, tuple[int, int]], Takes] = {}
+        self._under_way: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        self._takes: dict[tuple[str, int, int, int, tuple[int, int], bool], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
         """Add models, and let an enclave be ready for them.
@@ -280,10 +280,11 @@ class VirtualEnclave:
             gang = self._gangs.get(stage)
             joins = gang is not None and now_s < gang.until_s
             company = self._company(stage, joins=joins)
-            key = (*stage, rows, self._running, company)
+            in_step = company[0] > 1 or self._in_step(stage)
+            key = (*stage, rows, self._running, company, in_step)
             takes = self._takes.get(key)
             if takes is None:
-                takes = self._takes[key] = self._reckon(run, rows, *company)
+                takes = self._takes[key] = self._reckon(run, rows, *company, in_step=in_step)
             total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
             if self._noise is not None:
                 more_s = (next(self._noise) - 1.0) * compute_s
@@ -301,20 +302,32 @@ class VirtualEnclave:
                     counters.loads += loads
                     counters.loaded_bytes += load_bytes
             self._running += 1
-            self._under_way[stage] += 1
             counters.runs += 1
             counters.tasks += rows * (run.last - run.first)
             counters.busy_s += total_s / lanes
             end_s = now_s + total_s
+            span = now_s, end_s
+            self._under_way.setdefault(stage, []).append(span)
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
-            clock.at(end_s, self._end, (self._life, stage, ran))
+            clock.at(end_s, self._end, (self._life, stage, span, ran))
 
     def _company(self, stage: tuple[str, int], *, joins: bool) -> tuple[int, int]:
         """Runs that share a run's loads, it included, and lanes that stay idle."""
         free = self._shape.lanes - self._running
         following = [(one.model, one.first) for one in islice(self._queue, free - 1)]
-        mates = self._under_way[stage] if joins else 0
+        mates = len(self._under_way.get(stage, ())) if joins else 0
         return 1 + mates + following.count(stage), free - 1 - len(following)
+
+    def _in_step(self, stage: tuple[str, int]) -> bool:
+        """Whether another run of the stage has just begun, or is about to be followed by one."""
+        if not self._calibration.of_batches:
+            return False
+        now_s = self._clock.now_s
+        return any(
+            now_s - begin_s < IN_STEP * (end_s - begin_s)
+            or (self._queue and end_s - now_s < IN_STEP * (end_s - begin_s))
+            for begin_s, end_s in self._under_way.get(stage, ())
+        )
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
         """Seconds in which the kernel loads pages for a pass.
@@ -333,18 +346,20 @@ class VirtualEnclave:
         self._gangs[key] = Gang(now_s, alone_s + paging_s, paging_s, share)
         return paging_s
 
-    def _end(self, facts: tuple[int, tuple[str, int], Ran]) -> None:
-        life, stage, ran = facts
+    def _end(self, facts: tuple[int, tuple[str, int], tuple[float, float], Ran]) -> None:
+        life, stage, span, ran = facts
         if life == self._life:
             self._running -= 1
-            self._under_way[stage] -= 1
+            self._under_way[stage].remove(span)
             self.tell(ran)
 
-    def _reckon(self, run: Run, rows: int, gang: int, idle: int) -> Takes:
+    def _reckon(self, run: Run, rows: int, gang: int, idle: int, *, in_step: bool) -> Takes:
         plan = self.scheduler.plan
         assert plan is not None
         known = self._calibration
-        factor = self._slow * known.compute_factor(run.model, run.first, rows, self._running)
-        rest_s = known.rest_s(run.model, run.first, self._running, self._machine)
+        factor = self._slow * known.compute_factor(
+            run.model, run.first, rows, self._running, in_step=in_step
+        )
+        rest_s = known.rest_s(run.model, run.first, rows, self._running, self._machine)
         shape = replace(self._shape, entry_s=rest_s)
         return reckon(plan, shape, run, rows, factor, known.seal, gang, idle)
