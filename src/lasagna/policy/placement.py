@@ -154,8 +154,8 @@ class _Search:
     ) -> Choice:
         """The best of some choices to begin the search with, after exchanges."""
         small = len(self.cluster.servers) <= LARGE
-        if small and (self.options.objective != "throughput" or self.cluster.limits_s):
-            return self._rounded(columns, most, near, until_s)  # exchanges know no latencies
+        if small and self.options.objective == "latency":  # exchanges don't know it
+            return self._rounded(columns, most, near, until_s)
         ends_s = until_s
         if small:
             ends_s = self.clock() + EXCHANGING * max(0.0, until_s - self.clock())
