@@ -32,8 +32,9 @@ TRIED: Final = 24
 """Columns that are tried between two looks at the prices."""
 EACH: Final = 3
 """Of these, for one server."""
-WIDEST: Final = 64
-"""By how much more columns are tried where none of these helps, before the search ends."""
+WIDEST: Final = 4096
+"""By how much more are tried where none helps, before the search ends: nearly all. The first
+thousand may be one column on many servers, of which none has room: 64 ended too soon."""
 GAIN: Final = 1e-6
 """Of the sum that counts as better."""
 
