@@ -66,7 +66,7 @@ def test_a_poor_model_gets_room_on_a_rich_ones_server() -> None:
     assert scale_of(given_, found) > 1.3 * before
 
 
-def test_time_is_given_to_the_better_beginnings() -> None:
+def test_the_best_of_several_beginnings_is_taken() -> None:
     """The result is no worse than any beginning, however little time there is, and it ends."""
     model = linear([2 * MB] * 3, [100_000] * 3, [0.01] * 3)
     given_ = cluster([server(f"s{n}") for n in range(4)], {"m": model})

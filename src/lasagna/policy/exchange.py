@@ -70,10 +70,9 @@ def best_exchanged(
     clock: Callable[[], float],
     until_s: float,
 ) -> tuple[float, Choice]:
-    """The best choice after exchanges from several beginnings, of which the better half goes on.
+    """The best choice after exchanges from each of several beginnings, which share the time alike.
 
-    A round takes half of the time that is left, the last one all of it (successive halving,
-    Jamieson and Talwalkar, AISTATS 2016): which beginning is the best shows only on the way.
+    Which one is the best shows late: to leave out those that are behind at half-time lost the best.
 
     Args:
         cluster: as of ``exchanged``, like the next three.
@@ -91,21 +90,12 @@ def best_exchanged(
     def before(ends_s: float) -> Callable[[], bool]:
         return lambda: clock() < ends_s
 
-    best = float("-inf"), begins[0]
-    while True:
-        share_s = (until_s - clock()) / len(begins) / (2 if len(begins) > 1 else 1)
-        found: list[tuple[float, Choice]] = []
-        exhausted = True
-        for begin in begins:
-            ends_s = clock() + share_s
-            choice = exchanged(cluster, begin, columns, bound, before(ends_s))
-            exhausted &= clock() < ends_s
-            found.append((value(choice), choice))
-        found.sort(key=lambda one: -one[0])
-        best = max(best, found[0], key=lambda one: one[0])
-        if exhausted or len(found) == 1:
-            return best
-        begins = [choice for _, choice in found[: len(found) // 2]]
+    found: list[tuple[float, Choice]] = []
+    for number, begin in enumerate(begins):
+        ends_s = clock() + (until_s - clock()) / (len(begins) - number)
+        choice = exchanged(cluster, begin, columns, bound, before(ends_s))
+        found.append((value(choice), choice))
+    return max(found, key=lambda one: one[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,13 +159,11 @@ class _Search:
         ends_s = until_s
         if small:
             ends_s = self.clock() + EXCHANGING * max(0.0, until_s - self.clock())
-        nothing: list[list[Column]] = [[] for _ in self.cluster.servers]
-        lean = self._lean(columns)
-        begins = [Choice(tuple(map(tuple, nothing))), self._shared_out(most, near, nothing)]
-        if lean is not None:
-            # First what serves all models and has the most shared out.
-            begins = [Choice(tuple(map(tuple, lean))), *begins]
-            begins = [self._shared_out(most, near, lean), *begins]
+        lean = self._lean(columns) or [[] for _ in self.cluster.servers]
+        begins = [
+            self._shared_out(most, near, [[] for _ in self.cluster.servers]),
+            Choice(tuple(map(tuple, lean))),
+        ]
         value, best = best_exchanged(
             self.cluster,
             begins,
