@@ -19,7 +19,7 @@ from lasagna.policy.paging import Paging
 from lasagna.policy.plan import Style
 from lasagna.policy.stages import APART_LOSS, Machine, Stage, request_s
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import Calibration, noise
+from lasagna.sim.calibration import Calibration, drawn, noise
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import End, VirtualEnclave
 from lasagna.sim.planner import Planner
@@ -226,6 +226,16 @@ def test_noise_has_mean_one_and_is_the_seeds() -> None:
     assert np.log(drawn).std() == pytest.approx(0.2, abs=0.01)
     rigs = [Rig({"a": SMALL}, noise=noise(np.random.default_rng(5), 0.2)) for _ in range(2)]
     assert rigs[0].answers("a", 50) == rigs[1].answers("a", 50)
+
+
+def test_measured_factors_are_drawn_as_often_as_they_were_measured() -> None:
+    """Rare slow runs stay as rare, and a run's whole time is as much longer."""
+    rigs = [Rig({"a": SMALL}), Rig({"a": SMALL}, noise=drawn(np.random.default_rng(5), [2.0]))]
+    plain_s, slow_s = (rig.answers("a", 1) for rig in rigs)
+    assert slow_s == pytest.approx(2 * plain_s)
+    factors = drawn(np.random.default_rng(5), [1.0, 1.0, 1.0, 9.0])
+    slow = sum(next(factors) == 9.0 for _ in range(20_000))
+    assert slow == pytest.approx(5_000, rel=0.05)
 
 
 def test_arranging_and_planning_take_their_time() -> None:

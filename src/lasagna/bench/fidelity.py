@@ -3,8 +3,10 @@
 Every server runs twice. The first run's journal says what this machine takes beside the models'
 profiles (``sim.calibrating``), and what client, broker and host add to a request's time beside the
 scheduler's: a constant. The second is compared: a closed loop that keeps the server saturated, and
-Poisson arrivals at 70 % of what that gave. Latencies are the client's. The EPC is emulated; for
-vanilla, what paging takes is in its computing times.
+Poisson arrivals at 70 % of what that gave. Where the two differ too much in what they answer when
+saturated, the machine was another one in the meantime: it runs again, and the two in a row that
+differ least are taken. Latencies are the client's. The EPC is emulated; for vanilla, what paging
+takes is in its computing times.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
 from lasagna.policy.events import Arrived
 from lasagna.sim.calibrating import Calibrated, calibrated
-from lasagna.sim.calibration import noise
+from lasagna.sim.calibration import drawn
 from lasagna.sim.clock import Clock
 from lasagna.sim.enclave import End, VirtualEnclave
 from lasagna.sim.planner import Planner
@@ -54,9 +56,11 @@ PARTS: Final = {
 QUICK: Final = ("alexnet, 2 threads",)
 LOAD: Final = 0.7
 EPC: Final = profile("sgx1-128")
-SEEDS: Final = (11, 12)
-"""Of the calibrating run's requests, and of the compared one's."""
+SEEDS: Final = (11, 12, 13, 14)
+"""Of the requests of each run, as many as there may be."""
 LIMITS: Final = {"throughput": 0.08, "p50": 0.08, "p99": 0.15}
+ALIKE: Final = LIMITS["throughput"] / 2
+"""By how much two real runs may differ in throughput, to judge a simulation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Row:
         commit: of the code.
         real: what was measured; simulated: what the simulator says.
         before: what the calibrating run measured, with other requests, and 70 % of its own answers.
+        runs: real ones until two in a row were alike, or there were as many as may be.
     """
 
     part: str
@@ -96,6 +101,7 @@ class Row:
     real: Figures
     simulated: Figures
     before: Figures
+    runs: int
 
 
 def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -> Result:
@@ -144,6 +150,7 @@ def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -
         extra={
             "emulated": "the EPC: real page traffic, charges as published",
             "load": LOAD,
+            "real runs of each server until two were alike": [row.runs for row in rows[::2]],
             "two real runs with other requests differ by": {
                 what: {"median": float(np.median(errors)), "most": max(errors)}
                 for what, errors in twice.items()
@@ -174,29 +181,36 @@ async def _compare(
     mix = SCENARIOS[scenario]
     seconds = 5.0 if quick else 10.0
     outstanding = OUTSTANDING.get(policy, FEW)
-    journal = folder / "journal.jsonl"
 
-    async def once(seed: int, path: Path | None) -> _Real:
+    async def once(seed: int) -> _Real:
         order = sequence(mix, 997, seed)
-        async with serve(policy, mix, threads, EPC, models, folder, path) as one:
+        journal = folder / f"journal-{seed}.jsonl"
+        journal.unlink(missing_ok=True)
+        async with serve(policy, mix, threads, EPC, models, folder, journal) as one:
             ask = asking(one)
             for name in mix:
                 await one.infer(name, ANSWER_S)
             closed = await saturate(ask, order, outstanding, seconds, at_least=4 * FEW)
             rate = LOAD * closed.throughput
             arrivals = poisson(mix, rate, max(2 * seconds, min(60.0, 200 / rate)), seed)
-            return _Real(order, closed, arrivals, await play(ask, arrivals))
+            return _Real(journal, order, closed, arrivals, await play(ask, arrivals))
 
-    first = await once(SEEDS[0], journal)
+    ran = [await once(SEEDS[0])]
+    differ: list[float] = []
+    while len(ran) < len(SEEDS) and (not differ or differ[-1] > ALIKE):
+        ran.append(await once(SEEDS[len(ran)]))
+        differ.append(abs(ran[-2].closed.throughput / ran[-1].closed.throughput - 1))
+    least = differ.index(min(differ))
+    first, real = ran[least], ran[least + 1]
+    journal = first.journal
     known = calibrated(journal)
     outside_s = _outside_s(first, known)
-    real = await once(SEEDS[1], None)
     closed = _closed(known, journal, outside_s, real.order, outstanding, real.closed.answered)
     opened = _opened(known, journal, outside_s, real.arrivals)
     found = read_commit()
     commit = "" if found is None else found.id + "+" * found.dirty
     return [
-        Row(part, policy, load, commit, _figures(one), simulated, _figures(before))
+        Row(part, policy, load, commit, _figures(one), simulated, _figures(before), len(ran))
         for load, one, simulated, before in (
             ("saturated", real.closed, closed, first.closed),
             ("at 70 %", real.opened, opened, first.opened),
@@ -208,6 +222,7 @@ async def _compare(
 class _Real:
     """A run of a real server: what was asked of it, and what became of that."""
 
+    journal: Path
     order: Sequence[str]
     closed: Outcome
     arrivals: Sequence[tuple[float, str]]
@@ -241,7 +256,7 @@ class _Simulated:
             Planner(),
             self._ended,
             calibration=known.calibration,
-            noise=noise(rng, known.noise) if known.noise else None,
+            noise=drawn(rng, known.ratios),
         )
         self.enclave.start(known.models, prepared=True)
 

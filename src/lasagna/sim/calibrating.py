@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-import numpy as np
-
 from lasagna.errors import UsageError
 from lasagna.journal import Journal
 from lasagna.policy.costs import Forms
@@ -46,7 +44,7 @@ class Calibrated:
         machine: that the scheduler was made with.
         models: that were served.
         calibration: medians of what was measured over what the profiles say.
-        noise: standard deviation of the logarithm of runs' times over their reckoned ones.
+        ratios: of runs' times, over what is reckoned for them.
         runs: that it is from.
         latencies_s: of answered requests, from the scheduler's hearing of each to its answer, in
             order of arrival.
@@ -55,7 +53,7 @@ class Calibrated:
     machine: Machine
     models: Mapping[str, Forms]
     calibration: Calibration
-    noise: float
+    ratios: Sequence[float]
     runs: int
     latencies_s: Sequence[float] = ()
 
@@ -117,13 +115,13 @@ def calibrated(path: Path) -> Calibrated:
     rests_s = {key: median(own) for key, own in alike.items() if len(own) >= SEVERAL}
     entry_s = max(0.0, median(took_s - reckoned_s for _, took_s, reckoned_s in rests))
     found = replace(found, entry_s=entry_s, rests_s=rests_s)
-    logarithms = [
-        np.log(took_s / expected_s)
+    ratios = [
+        took_s / expected_s
         for one, took_s, reckoned_s in rests
         if took_s > 0.0 and (expected_s := reckoned_s + _rest_s(one, found, machine)) > 0.0
     ]
     latencies_s = [seen.took_s[request] for request in seen.asked_s if request in seen.took_s]
-    return Calibrated(machine, seen.models, found, _spread(logarithms), len(seen.done), latencies_s)
+    return Calibrated(machine, seen.models, found, ratios, len(seen.done), latencies_s)
 
 
 def _read(journal: Journal, scheduler: Scheduler) -> _Seen:
@@ -257,11 +255,3 @@ def _rests(
         takes = reckon(plan, shape, one.run, one.rows, factor, found.seal, one.gang, one.idle)
         rests.append((one, took_s, takes.total_s))
     return rests
-
-
-def _spread(logarithms: Sequence[float]) -> float:
-    """A standard deviation that single stalls don't decide: from the middle half."""
-    if len(logarithms) < 4:
-        return 0.0
-    low, high = np.quantile(logarithms, (0.25, 0.75))
-    return float((high - low) / 1.349)

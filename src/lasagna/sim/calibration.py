@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,6 +81,12 @@ def noise(rng: np.random.Generator, sigma: float) -> Iterator[float]:
     """Factors of mean 1 without end, lognormal with this standard deviation of the logarithm."""
     while True:
         yield from rng.lognormal(-sigma * sigma / 2, sigma, _BLOCK).tolist()
+
+
+def drawn(rng: np.random.Generator, factors: Sequence[float]) -> Iterator[float]:
+    """Of these factors one after the other, each as likely, without end."""
+    while True:
+        yield from rng.choice(factors, _BLOCK).tolist()
 
 
 class Resident:

@@ -104,7 +104,7 @@ class VirtualEnclave:
             planner: works out plans.
             ended: is told how each request left; must not call ``tell`` at once.
             calibration: what was measured; without it times are the profile's.
-            noise: factors of computing times, one for each run.
+            noise: factors of runs' times, one for each.
             paging: where no budget is kept and the kernel pages.
             heard: is shown all events and commands.
             opened: is called whenever runs are possible from now on.
@@ -287,8 +287,8 @@ class VirtualEnclave:
                 takes = self._takes[key] = self._reckon(run, rows, *company, in_step=in_step)
             total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
             if self._noise is not None:
-                more_s = (next(self._noise) - 1.0) * compute_s
-                compute_s += more_s
+                more_s = (next(self._noise) - 1.0) * total_s
+                compute_s = max(0.0, compute_s + more_s)
                 total_s += more_s
             if self._resident is not None:
                 paging_s = self._paging_s(run, total_s)

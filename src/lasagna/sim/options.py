@@ -25,7 +25,7 @@ class Options:
         report_s: between two reports of a server; they take its delay to arrive.
         detect_s: from a server's loss until balancers are told.
         calibrations: of servers, by name; the others take what the profiles say.
-        noise: standard deviation of the logarithm of computing times' factors; 0 for none.
+        noise: standard deviation of the logarithm of runs' times; 0 for none.
         paging: of servers, by name, where no budget is kept.
         replanning: how other placements are looked for; None to keep the first one.
     """
