@@ -238,6 +238,21 @@ def test_measured_factors_are_drawn_as_often_as_they_were_measured() -> None:
     assert slow == pytest.approx(5_000, rel=0.05)
 
 
+def test_runs_in_step_are_slow_together() -> None:
+    """Two that begin at once wait for the same and end at once; the next two draw anew."""
+    apart = Settings(queue_rows=10_000, style=Style(together=False))
+    two = replace(MACHINE, lanes=2, cores=4)
+    rig = Rig({"a": SMALL}, two, apart, noise=noise(np.random.default_rng(5), 0.3))
+    for seconds in range(4):
+        rig.clock.run(until_s=seconds)
+        rig.arrive("a")
+        rig.arrive("a")
+    rig.clock.run()
+    ends_s = [ran.at_s % 1.0 for ran in rig.rans]
+    assert ends_s[0::2] == ends_s[1::2]
+    assert len({round(end_s, 6) for end_s in ends_s}) == 4
+
+
 def test_arranging_and_planning_take_their_time() -> None:
     """Requests wait while what is pinned is loaded, except for the first time of all."""
     calibration = Calibration(arrange_s=0.5, plan_s=0.25)

@@ -48,6 +48,8 @@ End: TypeAlias = Answer | Refuse | GiveUp
 """How a request leaves a server."""
 Heard: TypeAlias = Callable[[Event, Sequence[Command]], None]
 """Is shown every event that a scheduler was told, and the commands that it led to."""
+_Span: TypeAlias = tuple[float, float, float]
+"""When a run begins and ends, and the factor that was drawn for its time."""
 
 
 @dataclass(slots=True)
@@ -129,7 +131,7 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
-        self._under_way: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        self._under_way: dict[tuple[str, int], list[_Span]] = {}
         self._takes: dict[tuple[str, int, int, int, tuple[int, int], bool], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
@@ -286,8 +288,10 @@ class VirtualEnclave:
             if takes is None:
                 takes = self._takes[key] = self._reckon(run, rows, *company, in_step=in_step)
             total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
+            drawn = 1.0
             if self._noise is not None:
-                more_s = (next(self._noise) - 1.0) * total_s
+                drawn = self._drawn(stage, self._noise)
+                more_s = (drawn - 1.0) * total_s
                 compute_s = max(0.0, compute_s + more_s)
                 total_s += more_s
             if self._resident is not None:
@@ -306,7 +310,7 @@ class VirtualEnclave:
             counters.tasks += rows * (run.last - run.first)
             counters.busy_s += total_s / lanes
             end_s = now_s + total_s
-            span = now_s, end_s
+            span = now_s, end_s, drawn
             self._under_way.setdefault(stage, []).append(span)
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
             clock.at(end_s, self._end, (self._life, stage, span, ran))
@@ -326,8 +330,16 @@ class VirtualEnclave:
         return any(
             now_s - begin_s < IN_STEP * (end_s - begin_s)
             or (self._queue and end_s - now_s < IN_STEP * (end_s - begin_s))
-            for begin_s, end_s in self._under_way.get(stage, ())
+            for begin_s, end_s, _ in self._under_way.get(stage, ())
         )
+
+    def _drawn(self, stage: tuple[str, int], noise: Iterator[float]) -> float:
+        """A run's own factor, or that of one that it is in step with: they wait for the same."""
+        now_s = self._clock.now_s
+        for begin_s, end_s, drawn in self._under_way.get(stage, ()):
+            if now_s - begin_s < IN_STEP * (end_s - begin_s):
+                return drawn
+        return next(noise)
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
         """Seconds in which the kernel loads pages for a pass.
@@ -346,7 +358,7 @@ class VirtualEnclave:
         self._gangs[key] = Gang(now_s, alone_s + paging_s, paging_s, share)
         return paging_s
 
-    def _end(self, facts: tuple[int, tuple[str, int], tuple[float, float], Ran]) -> None:
+    def _end(self, facts: tuple[int, tuple[str, int], _Span, Ran]) -> None:
         life, stage, span, ran = facts
         if life == self._life:
             self._running -= 1
