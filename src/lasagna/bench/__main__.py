@@ -1,7 +1,8 @@
 """``python -m lasagna.bench NAME``: run one benchmark.
 
 A benchmark is a module with ``run(*, quick: bool) -> Result``, entered in `BENCHMARKS`. It is
-imported only when it is run. Those in `PARTED` take ``only`` as well, names of parts, and ``out``.
+imported only when it is run. Those in `PARTED` take ``only`` as well, names of parts, and ``out``;
+those in `AGAIN` also ``again``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,7 @@ BENCHMARKS: Final[dict[str, str]] = {
     "scale": "lasagna.bench.scale",
 }
 PARTED: Final = frozenset(["fidelity", "local"])
+AGAIN: Final = frozenset(["fidelity"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m lasagna.bench",
         description="Run one benchmark.",
         # In the usage, for argparse prints that with every error.
-        usage="%(prog)s NAME [--quick] [--only PART ...] [--out OUT]\n"
+        usage="%(prog)s NAME [--quick] [--only PART ...] [--again] [--out OUT]\n"
         f"benchmarks: {', '.join(names)}",
     )
     parser.add_argument("name", choices=names, metavar="NAME", help="one of the benchmarks above")
@@ -57,21 +59,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PART",
         help="measure this part anew, and keep the others as they are",
     )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="fidelity: simulate the real runs that were kept, and measure nothing",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     chosen = parser.parse_args(arguments)
     if chosen.only and chosen.name not in PARTED:
         parser.error(f"{chosen.name} has no parts to choose from")
+    if chosen.again and chosen.name not in AGAIN:
+        parser.error(f"{chosen.name} keeps no runs that could be simulated again")
+    options: dict[str, object] = {}
+    if chosen.name in PARTED:
+        options |= {"only": chosen.only, "out": chosen.out}
+    if chosen.name in AGAIN:
+        options["again"] = chosen.again
     try:
-        return _run(chosen.name, quick=chosen.quick, only=chosen.only, out=chosen.out)
+        return _run(chosen.name, options, quick=chosen.quick, out=chosen.out)
     except LasagnaError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
 
-def _run(name: str, *, quick: bool, only: Sequence[str], out: Path) -> int:
+def _run(name: str, options: Mapping[str, object], *, quick: bool, out: Path) -> int:
     load_before = os.getloadavg()[0]
     before = read_ticks()
-    options = {"only": only, "out": out} if name in PARTED else {}
     result: Result = importlib.import_module(BENCHMARKS[name]).run(quick=quick, **options)
     return write_results(
         name,

@@ -6,16 +6,17 @@ scheduler's: a constant. The second is compared: a closed loop that keeps the se
 Poisson arrivals at 70 % of what that gave. Where the two differ too much in what they answer when
 saturated, the machine was another one in the meantime: it runs again, and the two in a row that
 differ least are taken. Latencies are the client's. The EPC is emulated; for vanilla, what paging
-takes is in its computing times.
+takes is in its computing times. All real runs are kept: ``--again`` simulates them with another
+simulator, without measuring.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lasagna.bench.load import Outcome, play, poisson, rate_of, saturate, sequence
+from lasagna.bench.load import Outcome, play, poisson, saturate, sequence
 from lasagna.bench.local import (
     ANSWER_S,
     FEW,
@@ -36,15 +37,11 @@ from lasagna.bench.local import (
 )
 from lasagna.bench.machine import read_commit
 from lasagna.bench.report import Bar, Result, read_rows
+from lasagna.bench.virtual import Figures, opened, saturated
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
-from lasagna.policy.events import Arrived
-from lasagna.sim.calibrating import Calibrated, calibrated
-from lasagna.sim.calibration import drawn
-from lasagna.sim.clock import Clock
-from lasagna.sim.enclave import End, VirtualEnclave
-from lasagna.sim.planner import Planner
+from lasagna.sim.calibrating import calibrated
 from lasagna.tee.epc import why_not
 from lasagna.tee.epc_profiles import profile
 
@@ -55,29 +52,16 @@ PARTS: Final = {
 }
 QUICK: Final = ("alexnet, 2 threads",)
 LOAD: Final = 0.7
+SATURATED: Final = "saturated"
+OPENED: Final = f"at {100 * LOAD:.0f} %"
+ORDER: Final = 997
+"""Requests after which a closed loop repeats itself."""
 EPC: Final = profile("sgx1-128")
 SEEDS: Final = (11, 12, 13, 14)
 """Of the requests of each run, as many as there may be."""
 LIMITS: Final = {"throughput": 0.08, "p50": 0.08, "p99": 0.15}
 ALIKE: Final = LIMITS["throughput"] / 2
 """By how much two real runs may differ in throughput, to judge a simulation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Of a run, real or simulated. Seconds."""
-
-    throughput: float
-    p50_s: float
-    p99_s: float
-
-    def errors(self, other: Figures) -> dict[str, float]:
-        """By how much another's differ, as shares of these."""
-        return {
-            "throughput": abs(other.throughput / self.throughput - 1),
-            "p50": abs(other.p50_s / self.p50_s - 1),
-            "p99": abs(other.p99_s / self.p99_s - 1),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,44 +72,79 @@ class Row:
         part: of ``PARTS``.
         policy: that the server has.
         load: in words.
-        commit: of the code.
-        real: what was measured; simulated: what the simulator says.
-        before: what the calibrating run measured, with other requests, and 70 % of its own answers.
+        commit: of the server's code; simulator: of the simulator's.
         runs: real ones until two in a row were alike, or there were as many as may be.
+        real: what was measured; simulated: what the simulator says.
+        before: what the calibrating run measured.
     """
 
     part: str
     policy: str
     load: str
     commit: str
+    simulator: str
+    runs: int
     real: Figures
     simulated: Figures
     before: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Real runs of a server, beside the journal of the first one: all that simulating takes.
+
+    Attributes:
+        part: of ``PARTS``; policy: of the server; commit: of its code.
+        runs: real ones until two in a row were alike, or there were as many as may be.
+        outside_s: of a request, in client, broker and host.
+        outstanding: requests at any time, when saturated; answers: until the end.
+        order: of their models.
+        arrivals: when, in seconds, and for which model, at ``LOAD`` of the throughput.
+        real: by load, of the run that simulations are compared with.
+        before: of the calibrating one, with other requests and ``LOAD`` of its own answers.
+    """
+
+    part: str
+    policy: str
+    commit: str
     runs: int
+    outside_s: float
+    outstanding: int
+    answers: int
+    order: Sequence[str]
+    arrivals: Sequence[tuple[float, str]]
+    real: dict[str, Figures]
+    before: dict[str, Figures]
 
 
-def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -> Result:
+def run(
+    *, quick: bool, only: Sequence[str] = (), out: Path = Path("results"), again: bool = False
+) -> Result:
     """Run and simulate all of them.
 
     Args:
         quick: one part, in short.
         only: of the parts; the others' rows are taken from the run before.
-        out: folder of the rows.
+        out: folder of the rows, and of the real runs, which are kept.
+        again: simulate the kept runs, and run no server.
 
     Raises:
-        UsageError: there is no such part, or the rows are of another version.
+        UsageError: there is no such part, no run was kept, or the rows are of another version.
     """
     for part in only:
         if part not in PARTS:
             raise UsageError(f"there is no part {part!r}; choose {'; '.join(PARTS)}")
     reason = why_not()
-    if reason is not None:
+    if reason is not None and not again:
         raise LasagnaError(f"no emulator here: {reason}")
     file = out / ("fidelity-rows-quick.json" if quick else "fidelity-rows.json")
+    runs = out / ("fidelity-runs-quick" if quick else "fidelity-runs")
     rows = read_rows(file, Row) if only else []
     for part in only or (QUICK if quick else tuple(PARTS)):
-        measured = asyncio.run(_part(part, quick=quick))
-        rows = [row for row in rows if row.part != part] + measured
+        if not again:
+            runs.mkdir(parents=True, exist_ok=True)
+            asyncio.run(_measured(part, runs, quick=quick))
+        rows = [row for row in rows if row.part != part] + _simulated(runs, part)
         rows.sort(key=lambda row: list(PARTS).index(row.part))  # stable: policies keep their order
         out.mkdir(parents=True, exist_ok=True)
         file.write_bytes(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
@@ -160,30 +179,31 @@ def run(*, quick: bool, only: Sequence[str] = (), out: Path = Path("results")) -
     )
 
 
-async def _part(part: str, *, quick: bool) -> list[Row]:
+async def _measured(part: str, runs: Path, *, quick: bool) -> None:
+    """Run a part's real servers and keep what they did."""
     console = Console(stderr=True)
     scenario, _threads = PARTS[part]
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="lasagna-bench-") as made:
         folder, models = Path(made), LocalModels()
         for name in SCENARIOS[scenario]:
             models.add(name, folder)
         for policy in POLICIES:
             with console.status(f"{part}, {policy} ..."):
-                rows += await _compare(part, policy, models, folder, quick=quick)
-    return rows
+                kept, journal = await _two_alike(part, policy, models, folder, quick=quick)
+            shutil.copy(journal, _journal(runs, part, policy))
+            _kept(runs, part, policy).write_bytes(msgspec.json.encode(kept))
 
 
-async def _compare(
+async def _two_alike(
     part: str, policy: str, models: LocalModels, folder: Path, *, quick: bool
-) -> list[Row]:
+) -> tuple[Kept, Path]:
     scenario, threads = PARTS[part]
     mix = SCENARIOS[scenario]
     seconds = 5.0 if quick else 10.0
     outstanding = OUTSTANDING.get(policy, FEW)
 
     async def once(seed: int) -> _Real:
-        order = sequence(mix, 997, seed)
+        order = sequence(mix, ORDER, seed)
         journal = folder / f"journal-{seed}.jsonl"
         journal.unlink(missing_ok=True)
         async with serve(policy, mix, threads, EPC, models, folder, journal) as one:
@@ -202,20 +222,73 @@ async def _compare(
         differ.append(abs(ran[-2].closed.throughput / ran[-1].closed.throughput - 1))
     least = differ.index(min(differ))
     first, real = ran[least], ran[least + 1]
-    journal = first.journal
-    known = calibrated(journal)
-    outside_s = _outside_s(first, known)
-    closed = _closed(known, journal, outside_s, real.order, outstanding, real.closed.answered)
-    opened = _opened(known, journal, outside_s, real.arrivals)
+    kept = Kept(
+        part,
+        policy,
+        _commit(),
+        len(ran),
+        _outside_s(first),
+        outstanding,
+        real.closed.answered,
+        real.order,
+        real.arrivals,
+        _figures(real),
+        _figures(first),
+    )
+    return kept, first.journal
+
+
+def _simulated(runs: Path, part: str) -> list[Row]:
+    """Rows of a part from the runs that were kept.
+
+    Raises:
+        UsageError: they weren't, or are of another version.
+    """
+    rows = []
+    for policy in POLICIES:
+        journal, file = _journal(runs, part, policy), _kept(runs, part, policy)
+        try:
+            kept = msgspec.json.decode(file.read_bytes(), type=Kept)
+        except FileNotFoundError:
+            raise UsageError(f"no runs are kept of {part!r} in {runs}; leave out --again") from None
+        except msgspec.MsgspecError as error:
+            raise UsageError(f"{file} is of another version: {error}; remove it") from None
+        known = calibrated(journal)
+        settings = Journal(journal).header.settings
+        simulated = {
+            SATURATED: saturated(
+                known, settings, kept.outside_s, kept.order, kept.outstanding, kept.answers
+            ),
+            OPENED: opened(known, settings, kept.outside_s, kept.arrivals),
+        }
+        rows += [
+            Row(
+                part,
+                policy,
+                load,
+                kept.commit,
+                _commit(),
+                kept.runs,
+                real,
+                simulated[load],
+                kept.before[load],
+            )
+            for load, real in kept.real.items()
+        ]
+    return rows
+
+
+def _journal(runs: Path, part: str, policy: str) -> Path:
+    return runs / f"{part}, {policy}.jsonl"
+
+
+def _kept(runs: Path, part: str, policy: str) -> Path:
+    return runs / f"{part}, {policy}.json"
+
+
+def _commit() -> str:
     found = read_commit()
-    commit = "" if found is None else found.id + "+" * found.dirty
-    return [
-        Row(part, policy, load, commit, _figures(one), simulated, _figures(before), len(ran))
-        for load, one, simulated, before in (
-            ("saturated", real.closed, closed, first.closed),
-            ("at 70 %", real.opened, opened, first.opened),
-        )
-    ]
+    return "" if found is None else found.id + "+" * found.dirty
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,97 +302,17 @@ class _Real:
     opened: Outcome
 
 
-def _figures(one: Outcome) -> Figures:
-    return Figures(one.throughput, one.percentile_s(0.5), one.percentile_s(0.99))
+def _figures(real: _Real) -> dict[str, Figures]:
+    return {
+        load: Figures(one.throughput, one.percentile_s(0.5), one.percentile_s(0.99))
+        for load, one in ((SATURATED, real.closed), (OPENED, real.opened))
+    }
 
 
-def _outside_s(real: _Real, known: Calibrated) -> float:
+def _outside_s(real: _Real) -> float:
     """What a request takes beside the scheduler's part, of those of the Poisson load."""
-    inside = known.latencies_s[-real.opened.answered :]
+    inside = calibrated(real.journal).latencies_s[-real.opened.answered :]
     return max(0.0, real.opened.percentile_s(0.5) - float(np.median(inside)))
-
-
-class _Simulated:
-    """A calibrated server in virtual time, and when its requests were asked and answered."""
-
-    def __init__(self, known: Calibrated, journal: Path, outside_s: float) -> None:
-        self.outside_s = outside_s
-        self.clock = Clock()
-        self.asked_s: dict[int, float] = {}
-        self.took_s: list[float] = []
-        self.ends_s: list[float] = []
-        rng = np.random.default_rng(SEEDS[0])
-        self.enclave = VirtualEnclave(
-            self.clock,
-            known.machine,
-            Journal(journal).header.settings,
-            Planner(),
-            self._ended,
-            calibration=known.calibration,
-            noise=drawn(rng, known.ratios),
-        )
-        self.enclave.start(known.models, prepared=True)
-
-    def ask(self, model: str) -> None:
-        number = len(self.asked_s) + 1
-        self.asked_s[number] = self.clock.now_s
-        self.enclave.tell(Arrived(self.clock.now_s, number, model))
-
-    def _ended(self, end: End) -> None:
-        ends_s = self.clock.now_s + self.outside_s
-        self.took_s.append(ends_s - self.asked_s[end.request])
-        self.ends_s.append(ends_s)
-        self.answered()
-
-    def answered(self) -> None:
-        """A request has ended; must not ask at once."""
-
-
-class _Closed(_Simulated):
-    """Asks for another one for each that was answered."""
-
-    def __init__(
-        self, known: Calibrated, journal: Path, outside_s: float, order: Sequence[str]
-    ) -> None:
-        super().__init__(known, journal, outside_s)
-        self._order = cycle(order)
-
-    def more(self, _: None) -> None:
-        """Ask for the next one."""
-        self.ask(next(self._order))
-
-    def answered(self) -> None:
-        self.clock.at(self.clock.now_s + self.outside_s, self.more)
-
-
-def _closed(
-    known: Calibrated,
-    journal: Path,
-    outside_s: float,
-    order: Sequence[str],
-    outstanding: int,
-    answers: int,
-) -> Figures:
-    one = _Closed(known, journal, outside_s, order)
-    for _ in range(outstanding):
-        one.clock.at(0.0, one.more)
-    while len(one.ends_s) < outstanding + answers:
-        one.clock.run(until_s=one.clock.now_s + 1.0)
-    took = one.took_s[outstanding : outstanding + answers]
-    p50, p99 = np.quantile(took, (0.5, 0.99))
-    ends = one.ends_s[outstanding : outstanding + answers]
-    return Figures(rate_of(ends), float(p50), float(p99))
-
-
-def _opened(
-    known: Calibrated, journal: Path, outside_s: float, arrivals: Sequence[tuple[float, str]]
-) -> Figures:
-    one = _Simulated(known, journal, outside_s)
-    for at_s, model in arrivals:
-        one.clock.at(1.0 + at_s, one.ask, model)
-    one.clock.run()
-    p50, p99 = np.quantile(one.took_s, (0.5, 0.99))
-    return Figures(len(one.took_s) / (one.ends_s[-1] - 1.0), float(p50), float(p99))
 
 
 def _figure(rows: Sequence[Row]) -> Figure:

@@ -27,8 +27,8 @@ from lasagna.policy.events import (
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import SLICE_S, Machine, sealing_s
-from lasagna.sim.calibration import IN_STEP, Calibration
-from lasagna.sim.runs import reckon
+from lasagna.sim.calibration import Calibration
+from lasagna.sim.runs import joining_share, reckon
 
 LOADED: Final = 1_000_000
 """Bytes that a report of loading must have, to say how fast it was."""
@@ -188,10 +188,11 @@ def _begin(done: Sequence[_Done]) -> None:
 
 
 def _shares(first: _Done, one: _Done) -> bool:
-    """Whether a run began early enough in another one to share its loads."""
+    """Whether a run began early enough in another one to join its gang."""
     late_s = one.begin_s - first.begin_s
     same = (one.run.model, one.run.first) == (first.run.model, first.run.first)
-    return same and late_s < IN_STEP * (first.ran.at_s - first.begin_s)
+    share = joining_share(first.plan, first.run)
+    return same and late_s < share * (first.ran.at_s - first.begin_s)
 
 
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:

@@ -17,9 +17,6 @@ from lasagna.units import PAGE
 _BLOCK: Final = 4096
 MOST_BESIDE: Final = 8
 """Runs under way that are told apart."""
-IN_STEP: Final = 0.1
-"""Share of a run by which another one of the same stage may be ahead or behind, and share what is
-loaded for both, or the pages that the kernel loads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,10 @@ from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.scheduler import Scheduler
 from lasagna.policy.stages import Machine
 from lasagna.policy.state import Settings
-from lasagna.sim.calibration import IN_STEP, Calibration, Resident
+from lasagna.sim.calibration import Calibration, Resident
 from lasagna.sim.clock import Clock
 from lasagna.sim.planner import Planner
-from lasagna.sim.runs import Gang, Takes, reckon
+from lasagna.sim.runs import Gang, Takes, joining_share, reckon
 
 End: TypeAlias = Answer | Refuse | GiveUp
 """How a request leaves a server."""
@@ -132,6 +132,7 @@ class VirtualEnclave:
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
         self._under_way: dict[tuple[str, int], list[_Span]] = {}
+        self._shares: dict[tuple[str, int], float] = {}
         self._takes: dict[tuple[str, int, int, int, tuple[int, int], bool], Takes] = {}
 
     def start(self, models: Mapping[str, Forms], *, prepared: bool = False) -> None:
@@ -178,7 +179,7 @@ class VirtualEnclave:
     def slow(self, factor: float) -> None:
         """From now on runs compute so many times as long as they did at first."""
         self._slow = factor
-        self._takes.clear()
+        self._reckon_anew()
 
     def _ready(self, life: int) -> None:
         if life == self._life:
@@ -216,7 +217,7 @@ class VirtualEnclave:
         assert not self._queue
         assert not self._running
         takes_s = 0.0
-        self._takes.clear()
+        self._reckon_anew()
         if plan is None:
             self._costs = {}
         else:
@@ -261,7 +262,7 @@ class VirtualEnclave:
 
     def _moved(self, life: int) -> None:
         if life == self._life:
-            self._takes.clear()
+            self._reckon_anew()
             self.tell(Moved(self._clock.now_s))
             plan = self.scheduler.plan
             assert plan is not None
@@ -281,16 +282,18 @@ class VirtualEnclave:
             stage = run.model, run.first
             gang = self._gangs.get(stage)
             joins = gang is not None and now_s < gang.until_s
-            company = self._company(stage, joins=joins)
-            in_step = company[0] > 1 or self._in_step(stage)
+            mates, idle = self._company(stage, joins=joins)
+            share = self._joining_share(run)
+            in_step = mates > 1 or self._in_step(stage, share)
+            company = max(mates, 1 + in_step), idle
             key = (*stage, rows, self._running, company, in_step)
             takes = self._takes.get(key)
             if takes is None:
                 takes = self._takes[key] = self._reckon(run, rows, *company, in_step=in_step)
-            total_s, compute_s, seal_s, loads, load_bytes, load_s, _ = takes
+            total_s, compute_s, seal_s, loads, load_bytes, load_s = takes
             drawn = 1.0
             if self._noise is not None:
-                drawn = self._drawn(stage, self._noise)
+                drawn = self._drawn(stage, share, self._noise)
                 more_s = (drawn - 1.0) * total_s
                 compute_s = max(0.0, compute_s + more_s)
                 total_s += more_s
@@ -302,7 +305,7 @@ class VirtualEnclave:
                 if joins:
                     load_bytes, load_s = 0, 0.0
                 else:
-                    self._gangs[stage] = Gang(now_s, takes.total_s, 0.0, takes.ring_share)
+                    self._gangs[stage] = Gang(now_s, total_s, 0.0, share)
                     counters.loads += loads
                     counters.loaded_bytes += load_bytes
             self._running += 1
@@ -315,6 +318,19 @@ class VirtualEnclave:
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
             clock.at(end_s, self._end, (self._life, stage, span, ran))
 
+    def _reckon_anew(self) -> None:
+        """What runs take may have changed."""
+        self._takes.clear()
+        self._shares.clear()
+
+    def _joining_share(self, run: Run) -> float:
+        share = self._shares.get((run.model, run.first))
+        if share is None:
+            assert self.scheduler.plan is not None
+            share = joining_share(self.scheduler.plan, run)
+            self._shares[run.model, run.first] = share
+        return share
+
     def _company(self, stage: tuple[str, int], *, joins: bool) -> tuple[int, int]:
         """Runs that share a run's loads, it included, and lanes that stay idle."""
         free = self._shape.lanes - self._running
@@ -322,22 +338,22 @@ class VirtualEnclave:
         mates = len(self._under_way.get(stage, ())) if joins else 0
         return 1 + mates + following.count(stage), free - 1 - len(following)
 
-    def _in_step(self, stage: tuple[str, int]) -> bool:
+    def _in_step(self, stage: tuple[str, int], share: float) -> bool:
         """Whether another run of the stage has just begun, or is about to be followed by one."""
         if not self._calibration.of_batches:
             return False
         now_s = self._clock.now_s
         return any(
-            now_s - begin_s < IN_STEP * (end_s - begin_s)
-            or (self._queue and end_s - now_s < IN_STEP * (end_s - begin_s))
+            now_s - begin_s < share * (end_s - begin_s)
+            or (self._queue and end_s - now_s < share * (end_s - begin_s))
             for begin_s, end_s, _ in self._under_way.get(stage, ())
         )
 
-    def _drawn(self, stage: tuple[str, int], noise: Iterator[float]) -> float:
+    def _drawn(self, stage: tuple[str, int], share: float, noise: Iterator[float]) -> float:
         """A run's own factor, or that of one that it is in step with: they wait for the same."""
         now_s = self._clock.now_s
         for begin_s, end_s, drawn in self._under_way.get(stage, ()):
-            if now_s - begin_s < IN_STEP * (end_s - begin_s):
+            if now_s - begin_s < share * (end_s - begin_s):
                 return drawn
         return next(noise)
 

@@ -22,12 +22,15 @@ from lasagna.policy.stages import (
     sealing_s,
 )
 
+IN_STEP: Final = 0.1
+"""Share of a run, that loads no weights itself, in which others of its stage may begin and be in
+step with it: the pages that the kernel loads for one are there for the other."""
 _PASSES: Final = 3
 """After so many the ring's state at the end of a run is the one at its beginning, nearly."""
 
 
 class Takes(NamedTuple):
-    """What a run takes, the loads once for its gang; the ring holds this share of them."""
+    """What a run takes, the loads once for its gang."""
 
     total_s: float
     compute_s: float
@@ -35,7 +38,6 @@ class Takes(NamedTuple):
     loads: int
     load_bytes: int
     load_s: float
-    ring_share: float
 
 
 class Gang:
@@ -48,6 +50,17 @@ class Gang:
         self.total_s = total_s
         self.paging_s = paging_s
         self.until_s = begin_s + share * total_s
+
+
+def joining_share(plan: MemoryPlan, run: Run) -> float:
+    """Share of a run, from its beginning, in which others of its stage join its gang.
+
+    It ends when the ring no longer holds what was loaded first, or, where nothing is loaded, with
+    `IN_STEP`.
+    """
+    pinned = plan.pinned[run.model]
+    loads = sum(n not in pinned for n in range(run.first, run.last))
+    return min(1.0, plan.slots / loads) if loads else IN_STEP
 
 
 def reckon(
@@ -96,8 +109,7 @@ def reckon(
     # Threads with a batch each wait for each other where they share loads; they compute no more.
     lost_s = APART_LOSS * compute_s if gang > 1 and sizes else 0.0
     total_s = max(compute_s, compute_s + lost_s + seal_s + bare_s + machine.entry_s)
-    share = min(1.0, plan.slots / len(sizes)) if sizes else 0.0
-    return Takes(total_s, compute_s, seal_s, len(sizes), sum(sizes), load_s, share)
+    return Takes(total_s, compute_s, seal_s, len(sizes), sum(sizes), load_s)
 
 
 def stall_s(steps: Sequence[tuple[float, float]], slots: int, threads: int) -> float:
