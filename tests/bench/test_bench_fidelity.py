@@ -51,7 +51,7 @@ def test_kept_runs_are_simulated_again(tmp_path: Path) -> None:
 
 
 def test_runs_that_were_not_kept_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"no runs are kept of '{PART}' in .*; leave out --again"):
+    with pytest.raises(UsageError, match=f"{PART}, .*json is missing; leave out --again"):
         run(quick=False, only=[PART], out=tmp_path, again=True)
 
 

@@ -130,6 +130,42 @@ def test_recorded_arrivals_are_taken_as_they_are(folder: Path) -> None:
     assert (arrival.at_s, arrival.model) == (0.5, "inception_v2")
 
 
+def test_recorded_arrivals_end_and_have_limits_as_others(folder: Path) -> None:
+    """After ``seconds``; an answer's limit is the cluster's where the line has none."""
+    own = {"model": "inception_v2"}
+    lines = [{"at_s": 2, **own}, {"at_s": 3, "limit_s": 9, **own}, {"at_s": 5, **own}]
+    (folder / "load.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    described = read_scenario(
+        Path(scenario(folder, 'arrivals = { kind = "recorded", file = "load.jsonl" }'))
+    )
+    limit_s = described.cluster.limits_s["inception_v2"]
+    found = [(one.at_s, one.limit_s) for one in described.arrivals(1.0)]
+    assert found == [(2, limit_s), (3, 9.0)]
+
+
+def test_recorded_arrivals_are_read_before_anything_is_planned(folder: Path) -> None:
+    """The line and the name that was meant; or that there is no such file."""
+    path = Path(scenario(folder, 'arrivals = { kind = "recorded", file = "load.jsonl" }'))
+    with pytest.raises(UsageError, match=r"can't read arrivals from .*load\.jsonl: No such file"):
+        read_scenario(path)
+    (folder / "load.jsonl").write_text('{"at_s": 1, "model": "inception_v3"}\n')
+    with pytest.raises(UsageError, match=r"load\.jsonl, line 1: .*did you mean 'inception_v2'"):
+        read_scenario(path)
+
+
+def test_load_is_a_share_of_what_a_plan_for_latency_sustains_too(folder: Path) -> None:
+    """Such a plan is for the demand, here 10 requests a second."""
+    path = Path(scenario(folder))
+    text, sustained = path.read_text(), []
+    for objective in ("throughput", "latency"):
+        path.write_text(f'{text}\nobjective = "{objective}"\n')
+        result = run(str(path), "--json")
+        assert result.exit_code == 0, result.output
+        sustained.append(json.loads(result.stdout)["planned_requests_per_s"])
+    assert sustained[0] > 15.0
+    assert sustained[1] > 0.8 * sustained[0]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -62,6 +62,15 @@ def test_a_lost_server_is_replaced_from_what_is_left() -> None:
     assert {part.server for part in found.best.parts} <= {"a", "c"}
 
 
+def test_more_is_planned_for_where_latency_is_what_the_first_plan_was_for() -> None:
+    """A plan for latency serves the demand and no more: it would never be better than what is."""
+    given = cluster(server("a"), server("b"), rate=80.0)
+    parts = [Part("m", 0, 4, "a"), Part("o", 0, 2, "a")]
+    found = replan(given, parts, PlanOptions("latency", QUICK.time_limit_s))
+    assert found.best.scale > 1.0
+    assert found.worth_it
+
+
 def test_what_is_left_after_memory_is_lost_is_reckoned_anew() -> None:
     """With less EPC the same parts stream instead of staying, and carry less."""
     given = cluster(server("a", 80 * MB), server("b", 80 * MB))

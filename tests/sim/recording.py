@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,11 @@ def arrivals(rate: float) -> list[tuple[float, str]]:
 
 
 def recorded(
-    path: Path, rate: float, calibration: Calibration, machine: Machine = MACHINE
+    path: Path,
+    rate: float,
+    calibration: Calibration,
+    machine: Machine = MACHINE,
+    factors: Iterator[float] | None = None,
 ) -> list[float]:
     """Write the journal of an enclave that takes what the calibration says, asked as above.
 
@@ -52,6 +57,7 @@ def recorded(
             Planner(),
             lambda end: took.append(clock.now_s - asked[end.request]),
             calibration=calibration,
+            noise=factors,
             heard=writer.write,
         )
         enclave.start(MODELS)

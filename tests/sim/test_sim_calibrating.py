@@ -13,7 +13,7 @@ from lasagna.errors import UsageError
 from lasagna.journal import JournalWriter
 from lasagna.policy.stages import Machine
 from lasagna.sim.calibrating import calibrated
-from lasagna.sim.calibration import Calibration
+from lasagna.sim.calibration import Calibration, drawn
 
 
 def test_factors_are_found(tmp_path: Path) -> None:
@@ -45,6 +45,18 @@ def test_a_calibrated_simulation_takes_as_long(tmp_path: Path, machine: Machine)
     mean = sum(real) / len(real)
     assert sum(simulated) / len(simulated) == pytest.approx(mean, rel=0.03)
     assert sum(plain) / len(plain) < 0.9 * mean
+
+
+def test_rare_slow_runs_are_found_as_often_as_they_were(tmp_path: Path) -> None:
+    """Two lanes, every fourth run takes six times as long: no run's time is counted as a mate's."""
+    path = tmp_path / "journal.jsonl"
+    factors = drawn(np.random.default_rng(3), [1.0, 1.0, 1.0, 6.0])
+    recorded(path, 9.0, TRUE, TWO_LANES, factors)
+    ratios = np.array(calibrated(path).ratios)
+    assert len(ratios) > 60
+    usual, slow = np.isclose(ratios, 1.0, rtol=0.02), np.isclose(ratios, 6.0, rtol=0.02)
+    assert np.mean(usual | slow) > 0.95
+    assert 0.15 < np.mean(slow) < 0.35
 
 
 def test_a_journal_without_runs_is_refused(tmp_path: Path) -> None:

@@ -270,6 +270,11 @@ def test_no_servers_for_a_model_is_a_rejection() -> None:
     assert outcome.requests._fates[0] == Fate.REJECTED
 
 
+def test_no_requests_take_no_time() -> None:
+    """Servers would report for ever."""
+    assert VirtualCluster(THREE, CHAINED, Options(settings=ROOMY)).run([]).seconds == 0.0
+
+
 def test_noise_changes_times_and_loses_nothing() -> None:
     """Noise comes from the seed: the same seed gives the same latencies."""
     arrivals = load(10, 50.0, 3.0, "a", "b")

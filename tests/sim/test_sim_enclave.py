@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -251,6 +251,30 @@ def test_runs_in_step_are_slow_together() -> None:
     ends_s = [ran.at_s % 1.0 for ran in rig.rans]
     assert ends_s[0::2] == ends_s[1::2]
     assert len({round(end_s, 6) for end_s in ends_s}) == 4
+
+
+def test_a_drawn_factor_is_not_handed_on_for_ever() -> None:
+    """Of four lanes that begin one after the other, with a ring of a quarter of a run, half draw.
+
+    Handed on from run to run, one draw would make a server slow or fast for good.
+    """
+    draws = 0
+
+    def counted() -> Iterator[float]:
+        nonlocal draws
+        for factor in noise(np.random.default_rng(5), 0.3):
+            draws += 1
+            yield factor
+
+    apart = Settings(queue_rows=10_000, style=Style(together=False))
+    four = Machine(20 * MB, 4, 4, 3.4e9, 0.0002)
+    rig = Rig({"a": model(4, 0.05, weight=6 * MB)}, four, apart, noise=counted())
+    rig.answers("a", 400)
+    plan = rig.enclave.scheduler.plan
+    assert plan is not None
+    assert plan.slots == 1
+    assert not plan.pinned["a"]
+    assert draws > 0.4 * len(rig.rans)  # 0.51; a third if they are handed on
 
 
 def test_arranging_and_planning_take_their_time() -> None:

@@ -151,6 +151,33 @@ def test_every_request_ends_once_whatever_changes(seed: int, troubles: list[Trou
     assert figures.unfinished == 0
 
 
+def test_a_part_that_is_given_up_while_its_server_starts_may_come_back() -> None:
+    """The new enclave has been told of the part already, and forgets it before it gets it again."""
+    run = VirtualCluster(THREE, APART, OPTIONS, planner=PLANNER)
+    server, part = run.servers["s0"], Part("a", 0, 4, "s0")
+    forms = server.models[part.key]
+    server.lose()
+    server.return_after(1.0)
+    run.clock.at(1.0, lambda _: server.forget(part.key))  # after its start, before it is open
+    run.clock.at(2.0, lambda _: server.add(part.key, forms))
+    run.clock.run(until_s=4.0)
+    assert server.alive
+    plan = server.enclave.scheduler.plan
+    assert plan is not None
+    assert set(plan.costs) == {part.key}
+
+
+def test_an_enclave_that_does_not_run_does_not_die() -> None:
+    """A server without parts has none; when it gets a part later, that is served."""
+    run = VirtualCluster(THREE, APART, OPTIONS, planner=PLANNER)
+    server, part = run.servers["s2"], Part("a", 0, 4, "s2")
+    server.die(1.0)
+    run.clock.at(0.5, lambda _: server.add(part.key, run.servers["s0"].models["a[0:4]"]))
+    run.clock.run(until_s=3.0)
+    assert set(server.models) == {part.key}
+    assert server.enclave.scheduler.plan is not None
+
+
 def test_a_change_in_the_middle_of_moves_begins_them_anew() -> None:
     """Over slow links a move lasts; a server that returns meanwhile is planned for at once."""
     slow = replace(THREE, servers=servers(3, bandwidth=3e6))

@@ -134,13 +134,17 @@ def run(
     for part in only:
         if part not in PARTS:
             raise UsageError(f"there is no part {part!r}; choose {'; '.join(PARTS)}")
+    chosen = only or (QUICK if quick else tuple(PARTS))
     reason = why_not()
     if reason is not None and not again:
         raise LasagnaError(f"no emulator here: {reason}")
     file = out / ("fidelity-rows-quick.json" if quick else "fidelity-rows.json")
     runs = out / ("fidelity-runs-quick" if quick else "fidelity-runs")
     rows = read_rows(file, Row) if only else []
-    for part in only or (QUICK if quick else tuple(PARTS)):
+    kept = [_kept(runs, part, policy) for part in chosen for policy in POLICIES]
+    if again and (missing := [one for one in kept if not one.exists()]):
+        raise UsageError(f"{missing[0]} is missing; leave out --again, or choose parts by --only")
+    for part in chosen:
         if not again:
             runs.mkdir(parents=True, exist_ok=True)
             asyncio.run(_measured(part, runs, quick=quick))
@@ -242,15 +246,13 @@ def _simulated(runs: Path, part: str) -> list[Row]:
     """Rows of a part from the runs that were kept.
 
     Raises:
-        UsageError: they weren't, or are of another version.
+        UsageError: they are of another version.
     """
     rows = []
     for policy in POLICIES:
         journal, file = _journal(runs, part, policy), _kept(runs, part, policy)
         try:
             kept = msgspec.json.decode(file.read_bytes(), type=Kept)
-        except FileNotFoundError:
-            raise UsageError(f"no runs are kept of {part!r} in {runs}; leave out --again") from None
         except msgspec.MsgspecError as error:
             raise UsageError(f"{file} is of another version: {error}; remove it") from None
         known = calibrated(journal)

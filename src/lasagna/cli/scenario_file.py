@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tomllib
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -135,21 +136,30 @@ class Scenario:
         settings, cluster = self.settings, self.cluster
         rate = self.rate(throughput)
         if settings.arrivals.kind == "recorded":
-            return recorded(self.path.parent / settings.arrivals.file)
+            return self._recorded()
         times = _times(settings.arrivals, rate, np.random.default_rng((settings.seed, 1)))
         rng, limits_s = np.random.default_rng((settings.seed, 2)), dict(cluster.limits_s)
         mixes = [(0.0, cluster.demand), *((one.at_s, one.demand) for one in settings.mix)]
-        ends = [*(at_s for at_s, _ in mixes[1:]), settings.seconds]
+        ends = [*(min(at_s, settings.seconds) for at_s, _ in mixes[1:]), settings.seconds]
+        spans = groupby(times, key=lambda at_s: bisect_left(ends, at_s))
         return chain.from_iterable(
             requests(
                 rng,
-                times,
-                {name: rate for name, rate in sorted(mix.items()) if rate > 0},
-                until_s=min(end_s, settings.seconds),
+                own,
+                {name: rate for name, rate in sorted(mixes[number][1].items()) if rate > 0},
                 limits_s=limits_s,
             )
-            for (_, mix), end_s in zip(mixes, ends, strict=True)
+            for number, own in takewhile(lambda span: span[0] < len(mixes), spans)
         )
+
+    def _recorded(self) -> Iterator[Arrival]:
+        """Those of the first ``seconds``; limits are the cluster's, where a line has none."""
+        limits_s = self.cluster.limits_s
+        for one in recorded(self.path.parent / self.settings.arrivals.file):
+            if one.at_s > self.settings.seconds:
+                return
+            limit_s = limits_s.get(one.model) if one.limit_s is None else one.limit_s
+            yield one._replace(limit_s=limit_s)
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -179,6 +189,8 @@ def read_scenario(path: Path) -> Scenario:
     if (file.arrivals.kind == "recorded") != bool(file.arrivals.file):
         raise UsageError(f'{path}, [arrivals]: file goes with kind = "recorded", and the reverse')
     _check_mixes(file, cluster, path)
+    if file.arrivals.file:
+        _check_recorded(path.parent / file.arrivals.file, cluster)
     return Scenario(
         path,
         cluster,
@@ -203,6 +215,15 @@ def _check_mixes(file: _File, cluster: Cluster, path: Path) -> None:
             raise UsageError(f"{path}, [[mix]] at {one.at_s:g}: one demand must be above 0")
     if file.mix and file.arrivals.kind == "recorded":
         raise UsageError(f"{path}, [[mix]]: recorded arrivals have a mix of their own")
+
+
+def _check_recorded(path: Path, cluster: Cluster) -> None:
+    for number, one in enumerate(recorded(path), 1):
+        if one.model not in cluster.models:
+            raise UsageError(
+                f"{path}, line {number}: no model {one.model!r}; "
+                f"{nearest(one.model, cluster.models)}"
+            )
 
 
 def _times(arrivals: _Arrivals, rate: float, rng: np.random.Generator) -> Iterator[float]:

@@ -10,7 +10,7 @@ its disk, also when its memory went to something else: that needs no link to com
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from lasagna.errors import BudgetError
@@ -77,7 +77,8 @@ def replan(
     Args:
         cluster: as it is now.
         parts: that are loaded; those of servers and models that are gone don't count.
-        options: of the search.
+        options: of the search; it is for throughput in any case, for what is compared is how much
+            of the demand is served.
         clock: seconds of a steady clock.
         horizon_s: for how long the cluster is expected to stay so.
         stored: what servers have on disk; without it, what is loaded.
@@ -85,7 +86,7 @@ def replan(
     Raises:
         BudgetError: as of ``plan_cluster``.
     """
-    options = options or PlanOptions()
+    options = replace(options or PlanOptions(), objective="throughput")
     names = {server.name for server in cluster.servers}
     there = [part for part in parts if part.server in names and part.model in cluster.wanted]
     loaded = slices_of(there)

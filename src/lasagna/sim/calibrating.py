@@ -96,6 +96,7 @@ def calibrated(path: Path) -> Calibrated:
     seen = _read(journal, Scheduler(machine, journal.header.settings))
     if not seen.done:
         raise UsageError(f"{path}: no run has ended, there is nothing to calibrate by")
+    seen.done.sort(key=lambda one: one.run.run)  # the order in which they begin
     _begin(seen.done)
     batches, of_models = _compute_factors(seen.done, machine)
     found = Calibration(
@@ -177,22 +178,21 @@ def _begin(done: Sequence[_Done]) -> None:
         if begins:
             done[number].beside = max(0, running)
         running += 1 if begins else -1
-    gang: list[_Done] = []
+    gangs: dict[tuple[str, int], list[_Done]] = {}
     for one in sorted(done, key=lambda run: run.begin_s):
-        if not gang or not _shares(gang[0], one):
-            gang = []
+        gang = gangs.get((one.run.model, one.run.first))
+        if gang is None or not _joins(gang[0], one):
+            gang = gangs[one.run.model, one.run.first] = []
         gang.append(one)
         for others, mate in enumerate(gang):
             mate.gang = len(gang)
             mate.idle = max(0, one.plan.lanes - len(gang) - max(0, mate.beside - others))
 
 
-def _shares(first: _Done, one: _Done) -> bool:
-    """Whether a run began early enough in another one to join its gang."""
-    late_s = one.begin_s - first.begin_s
-    same = (one.run.model, one.run.first) == (first.run.model, first.run.first)
-    share = joining_share(first.plan, first.run)
-    return same and late_s < share * (first.ran.at_s - first.begin_s)
+def _joins(first: _Done, one: _Done) -> bool:
+    """Whether a run began early enough in another one of its stage to join its gang."""
+    took_s = first.ran.at_s - first.begin_s
+    return one.begin_s - first.begin_s < joining_share(first.plan, first.run) * took_s
 
 
 def _shape(plan: MemoryPlan, machine: Machine) -> Machine:

@@ -33,7 +33,7 @@ class Clock:
         heappush(self._actions, (time_s, self._made, action, facts))
 
     def stop(self) -> None:
-        """Let ``run`` return after the present action."""
+        """Let ``run`` return after the present action, or the next ``run`` at once."""
         self._stopped = True
 
     def run(self, until_s: float = NEVER) -> None:
@@ -43,7 +43,6 @@ class Clock:
             until_s: what is due later stays; then it is this time.
         """
         actions = self._actions
-        self._stopped = False
         while actions and not self._stopped:
             if actions[0][0] > until_s:
                 self.now_s = until_s
@@ -52,3 +51,4 @@ class Clock:
             action(facts)
         if until_s < NEVER and not self._stopped:
             self.now_s = max(self.now_s, until_s)
+        self._stopped = False

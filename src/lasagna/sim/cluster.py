@@ -344,8 +344,7 @@ class VirtualCluster:
             case ServerSlows(_, _, factor):
                 server.slow(factor)
             case EnclaveDies(_, _, restart_s):
-                if server.alive:
-                    server.enclave.die(restart_s)
+                server.die(restart_s)
             case ServerDies(_, _, back_after_s):
                 server.lose()
                 self._tell_of(server)

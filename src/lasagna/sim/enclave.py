@@ -48,8 +48,9 @@ End: TypeAlias = Answer | Refuse | GiveUp
 """How a request leaves a server."""
 Heard: TypeAlias = Callable[[Event, Sequence[Command]], None]
 """Is shown every event that a scheduler was told, and the commands that it led to."""
-_Span: TypeAlias = tuple[float, float, float]
-"""When a run begins and ends, and the factor that was drawn for its time."""
+_Span: TypeAlias = tuple[float, float, float | None]
+"""When a run begins and ends, and the factor that was drawn for its time; None where it has that of
+a run that it is in step with."""
 
 
 @dataclass(slots=True)
@@ -291,10 +292,12 @@ class VirtualEnclave:
             if takes is None:
                 takes = self._takes[key] = self._reckon(run, rows, *company, in_step=in_step)
             total_s, compute_s, seal_s, loads, load_bytes, load_s = takes
-            drawn = 1.0
+            drawn = None
             if self._noise is not None:
-                drawn = self._drawn(stage, share, self._noise)
-                more_s = (drawn - 1.0) * total_s
+                factor = self._leading(stage, share)
+                if factor is None:
+                    factor = drawn = next(self._noise)
+                more_s = (factor - 1.0) * total_s
                 compute_s = max(0.0, compute_s + more_s)
                 total_s += more_s
             if self._resident is not None:
@@ -342,20 +345,24 @@ class VirtualEnclave:
         """Whether another run of the stage has just begun, or is about to be followed by one."""
         if not self._calibration.of_batches:
             return False
-        now_s = self._clock.now_s
+        now_s, queue = self._clock.now_s, self._queue
+        follows = bool(queue) and (queue[0].model, queue[0].first) == stage
         return any(
             now_s - begin_s < share * (end_s - begin_s)
-            or (self._queue and end_s - now_s < share * (end_s - begin_s))
+            or (follows and end_s - now_s < share * (end_s - begin_s))
             for begin_s, end_s, _ in self._under_way.get(stage, ())
         )
 
-    def _drawn(self, stage: tuple[str, int], share: float, noise: Iterator[float]) -> float:
-        """A run's own factor, or that of one that it is in step with: they wait for the same."""
+    def _leading(self, stage: tuple[str, int], share: float) -> float | None:
+        """The factor of the run that one is in step with that begins now: they wait for the same.
+
+        Only one that has drawn its own: factors are not handed on from gang to gang.
+        """
         now_s = self._clock.now_s
         for begin_s, end_s, drawn in self._under_way.get(stage, ()):
-            if now_s - begin_s < share * (end_s - begin_s):
+            if drawn is not None and now_s - begin_s < share * (end_s - begin_s):
                 return drawn
-        return next(noise)
+        return None
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
         """Seconds in which the kernel loads pages for a pass.

@@ -193,7 +193,7 @@ class Replacing:
         self.applied += 1
         self._goal = found.best
         self._steps.extend(steps(cluster, there, found.best.parts, self._stored))
-        for part in set(self.placement.parts) - set(there):
+        for part in sorted(set(self.placement.parts) - set(there)):
             self._servers[part.server].forget(part.key)
         self._put({part: self.placement.parts[part] for part in there})
         self._next(self._turn)

@@ -179,7 +179,7 @@ class VirtualServer:
         """A part is not to be served here any more."""
         if key in self.models:
             self.models = {name: forms for name, forms in self.models.items() if name != key}
-            if self.alive and self._started:
+            if self._started:
                 self.enclave.tell(ModelRemoved(self._clock.now_s, key))
 
     def cancel(self, ticket: int) -> None:
@@ -231,6 +231,11 @@ class VirtualServer:
             self.return_after(pause_s)
         else:  # it is to return at another time, or never
             self._renew()
+
+    def die(self, restart_s: float) -> None:
+        """Its enclave is lost, if it runs one, and there is another after so many seconds."""
+        if self.alive and self._started:
+            self.enclave.die(restart_s)
 
     def slow(self, factor: float) -> None:
         """From now on runs compute so many times as long as they did at first."""
