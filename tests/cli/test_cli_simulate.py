@@ -172,11 +172,22 @@ def test_load_is_a_share_of_what_a_plan_for_latency_sustains_too(folder: Path) -
         ('policies = ["lasagne"]', "did you mean 'lasagna'"),
         ("second = 3", "did you mean 'seconds'"),
         ("load = -1", "load"),
-        ('arrivals = { kind = "steady" }', "arrivals.kind"),
+        ('arrivals = { kind = "steady" }', "arrivals.kind: 'steady'; there are "),
         ('arrivals = { kind = "recorded" }', "file goes with kind"),
         ('arrivals = { file = "x" }', "file goes with kind"),
         ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
-        ('trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1 }]', "needs taken_mb"),
+        (
+            'trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1 }]',
+            "key 'taken_mb' is missing",
+        ),
+        (
+            'trouble = [{ kind = "server-dies", server = "s-1", at_s = 1, factor = 3 }]',
+            "trouble[0]: there is no key 'factor'",
+        ),
+        (
+            'trouble = [{ kind = "server-sleeps", server = "s-1", at_s = 1 }]',
+            "did you mean 'server-slows'?",
+        ),
         (
             'trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1, taken_mb = 90 }]',
             "MB of EPC that 's-1' has for models",

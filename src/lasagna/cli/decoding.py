@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from lasagna.errors import UsageError
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_INVALID: Final = re.compile(r"Invalid (?:enum )?value '(.*)'", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(.*)`")
 
 
@@ -71,7 +74,34 @@ def _explained(message: str, type_: type[msgspec.Struct], where: str) -> str:
         return f"{place}: there is no key {unknown[1][:80]!r}{known}"
     if missing := _MISSING.fullmatch(what):
         return f"{place}: the key {missing[1]!r} is missing"
+    if (invalid := _INVALID.fullmatch(what)) and (words := _choices(type_, key)):
+        return f"{place}: {invalid[1][:80]!r}; {nearest(invalid[1], words)}"
     return f"{place}: {_plainer(what)}"
+
+
+def _choices(type_: type[msgspec.Struct], key: str) -> list[str]:
+    """Words that may be there: of a literal or an enumeration, or tags of several structures."""
+    found: list[inspect.Type] = [inspect.type_info(type_)]
+    words: list[str] = []
+    for name in re.findall(r"[^.\[\]]+", key):
+        below: list[inspect.Type] = []
+        for one in chain.from_iterable(map(_members, found)):
+            if isinstance(one, inspect.VarTupleType | inspect.ListType) and name.isdigit():
+                below.append(one.item_type)
+            elif isinstance(one, inspect.StructType):
+                below += [field.type for field in one.fields if field.encode_name == name]
+                words += [str(one.tag)] if one.tag_field == name else []
+        found = below
+    for one in chain.from_iterable(map(_members, found)):
+        if isinstance(one, inspect.LiteralType):
+            words += map(str, one.values)
+        elif isinstance(one, inspect.EnumType):
+            words += [str(member.value) for member in one.cls]
+    return words
+
+
+def _members(one: inspect.Type) -> tuple[inspect.Type, ...]:
+    return one.types if isinstance(one, inspect.UnionType) else (one,)
 
 
 def _plainer(what: str) -> str:

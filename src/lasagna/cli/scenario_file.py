@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise, takewhile
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from lasagna.policy.cluster import Cluster
 from lasagna.policy.costs import Forms
 from lasagna.policy.placement import PlanOptions
 from lasagna.sim.arrivals import Arrival, diurnal, gamma, mmpp, poisson, recorded, requests
+from lasagna.sim.clock import NEVER
 from lasagna.sim.options import EnclaveDies, EpcTaken, ServerDies, ServerSlows, Trouble
 from lasagna.sim.policies import CLUSTER_POLICIES, ClusterPolicy, cluster_policy
 from lasagna.sim.replacing import Replanning
@@ -43,14 +44,29 @@ class _Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: str = ""
 
 
-class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: Literal["server-dies", "enclave-dies", "server-slows", "epc-taken"]
+class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
     server: str
     at_s: _NotNegative
-    back_after_s: _Positive | None = None
+
+
+class _ServerDies(_Trouble, frozen=True, tag="server-dies"):
+    back_after_s: _Positive = NEVER
+
+
+class _EnclaveDies(_Trouble, frozen=True, tag="enclave-dies"):
     restart_s: _Positive = 3.0
+
+
+class _ServerSlows(_Trouble, frozen=True, tag="server-slows"):
     factor: _Positive = 2.0
-    taken_mb: _NotNegative | None = None
+
+
+class _EpcTaken(_Trouble, frozen=True, tag="epc-taken", kw_only=True):
+    taken_mb: _NotNegative
+    restart_s: _Positive = 3.0
+
+
+_Troubles: TypeAlias = _ServerDies | _EnclaveDies | _ServerSlows | _EpcTaken
 
 
 class _Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +103,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     noise: Annotated[float, Meta(ge=0, le=2)] = 0.0
     admission: bool = False
     arrivals: _Arrivals = _Arrivals()
-    trouble: tuple[_Trouble, ...] = ()
+    trouble: tuple[_Troubles, ...] = ()
     plan: _Plan = _Plan()
     replan: _Replan | None = None
     mix: tuple[_Mix, ...] = ()
@@ -240,26 +256,24 @@ def _times(arrivals: _Arrivals, rate: float, rng: np.random.Generator) -> Iterat
             return poisson(rng, rate)
 
 
-def _trouble(one: _Trouble, cluster: Cluster, path: Path) -> Trouble:
+def _trouble(one: _Troubles, cluster: Cluster, path: Path) -> Trouble:
     names = [server.name for server in cluster.servers]
     if one.server not in names:
         raise UsageError(
             f"{path}, [[trouble]]: no server {one.server!r}; {nearest(one.server, names)}"
         )
-    match one.kind:
-        case "server-dies":
-            if one.back_after_s is None:
-                return ServerDies(one.at_s, one.server)
+    match one:
+        case _ServerDies():
             return ServerDies(one.at_s, one.server, one.back_after_s)
-        case "enclave-dies":
+        case _EnclaveDies():
             return EnclaveDies(one.at_s, one.server, one.restart_s)
-        case "server-slows":
+        case _ServerSlows():
             return ServerSlows(one.at_s, one.server, one.factor)
-        case "epc-taken":
+        case _EpcTaken():
             budget = cluster.server(one.server).machine.budget
-            if one.taken_mb is None or one.taken_mb * 1e6 >= budget:
+            if one.taken_mb * 1e6 >= budget:
                 raise UsageError(
-                    f"{path}, [[trouble]]: epc-taken needs taken_mb, 0 or more and less than the "
-                    f"{budget / 1e6:g} MB of EPC that {one.server!r} has for models"
+                    f"{path}, [[trouble]]: taken_mb must be less than the {budget / 1e6:g} MB of "
+                    f"EPC that {one.server!r} has for models"
                 )
             return EpcTaken(one.at_s, one.server, int(one.taken_mb * 1e6), one.restart_s)
