@@ -37,7 +37,7 @@ from lasagna.bench.local import (
 )
 from lasagna.bench.machine import read_commit
 from lasagna.bench.report import Bar, Result, read_rows
-from lasagna.bench.virtual import Figures, opened, saturated
+from lasagna.bench.virtual import Figures, VirtualRun
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.journal import Journal
 from lasagna.policy.baselines import POLICIES
@@ -255,13 +255,11 @@ def _simulated(runs: Path, part: str) -> list[Row]:
             kept = msgspec.json.decode(file.read_bytes(), type=Kept)
         except msgspec.MsgspecError as error:
             raise UsageError(f"{file} is of another version: {error}; remove it") from None
-        known = calibrated(journal)
         settings = Journal(journal).header.settings
+        virtual = VirtualRun(calibrated(journal), settings, kept.outside_s)
         simulated = {
-            SATURATED: saturated(
-                known, settings, kept.outside_s, kept.order, kept.outstanding, kept.answers
-            ),
-            OPENED: opened(known, settings, kept.outside_s, kept.arrivals),
+            SATURATED: virtual.saturated(kept.order, kept.outstanding, kept.answers),
+            OPENED: virtual.opened(kept.arrivals),
         }
         rows += [
             Row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Final
@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from lasagna.bench.load import rate_of
-from lasagna.policy.events import Arrived
+from lasagna.policy.events import Arrived, Cancelled
 from lasagna.policy.state import Settings
 from lasagna.sim.calibrating import Calibrated
 from lasagna.sim.calibration import drawn
@@ -39,102 +39,89 @@ class Figures:
         }
 
 
-class _Simulated:
-    """A calibrated server in virtual time, and when its requests were asked and answered."""
+class VirtualRun:
+    """A calibrated server in virtual time, which is asked for what a real one was."""
 
     def __init__(self, known: Calibrated, settings: Settings, outside_s: float) -> None:
-        self.outside_s = outside_s
-        self.clock = Clock()
-        self.asked_s: dict[int, float] = {}
-        self.took_s: list[float] = []
-        self.ends_s: list[float] = []
-        rng = np.random.default_rng(SEED)
-        self.enclave = VirtualEnclave(
-            self.clock,
+        """It is open, and nothing has been asked of it.
+
+        Args:
+            known: what the machine takes, and of what models.
+            settings: of the server's scheduler.
+            outside_s: of a request, beside the scheduler's part.
+        """
+        self._outside_s = outside_s
+        self._clock = Clock()
+        self._following: Iterator[str] = iter(())
+        self._last = 0
+        self._asked_s: dict[int, float] = {}
+        self._took_s: list[float] = []
+        self._ends_s: list[float] = []
+        self._enclave = VirtualEnclave(
+            self._clock,
             known.machine,
             settings,
             Planner(),
             self._ended,
             calibration=known.calibration,
-            noise=drawn(rng, known.ratios),
+            noise=drawn(np.random.default_rng(SEED), known.ratios),
         )
-        self.enclave.start(known.models, prepared=True)
+        self._enclave.start(known.models, prepared=True)
 
-    def ask(self, model: str) -> None:
-        number = len(self.asked_s) + 1
-        self.asked_s[number] = self.clock.now_s
-        self.enclave.tell(Arrived(self.clock.now_s, number, model))
+    def saturated(self, order: Sequence[str], outstanding: int, answers: int) -> Figures:
+        """What it does that always has so many requests; those that are left are withdrawn.
+
+        Args:
+            order: of the models that are asked for, over and over.
+            outstanding: requests at any time.
+            answers: that count, after the first ``outstanding`` ones.
+        """
+        self._following = cycle(order)
+        begin_s = self._clock.now_s
+        for _ in range(outstanding):
+            self._clock.at(begin_s, self._ask_next)
+        while len(self._ends_s) < outstanding + answers:
+            self._clock.run(until_s=self._clock.now_s + 1.0)
+        self._following = iter(())
+        counted = slice(outstanding, outstanding + answers)
+        figures = self._figures(self._took_s[counted], rate_of(self._ends_s[counted]))
+        for request in list(self._asked_s):
+            del self._asked_s[request]
+            self._enclave.tell(Cancelled(self._clock.now_s, request))
+        return figures
+
+    def opened(self, arrivals: Sequence[tuple[float, str]]) -> Figures:
+        """What it does when requests arrive so, whether others were answered or not.
+
+        Args:
+            arrivals: seconds, and the model.
+        """
+        begin_s, before = self._clock.now_s, len(self._took_s)
+        for at_s, model in arrivals:
+            self._clock.at(begin_s + at_s, self._ask, model)
+        self._clock.run()
+        took_s = self._took_s[before:]
+        return self._figures(took_s, len(took_s) / (self._ends_s[-1] - begin_s))
+
+    def _figures(self, took_s: Sequence[float], throughput: float) -> Figures:
+        p50, p99 = np.quantile(took_s, (0.5, 0.99))
+        return Figures(throughput, float(p50), float(p99))
+
+    def _ask(self, model: str) -> None:
+        self._last = request = self._last + 1
+        self._asked_s[request] = self._clock.now_s
+        self._enclave.tell(Arrived(self._clock.now_s, request, model))
+
+    def _ask_next(self, _: None) -> None:
+        model = next(self._following, None)
+        if model is not None:
+            self._ask(model)
 
     def _ended(self, end: End) -> None:
-        ends_s = self.clock.now_s + self.outside_s
-        self.took_s.append(ends_s - self.asked_s[end.request])
-        self.ends_s.append(ends_s)
-        self.answered()
-
-    def answered(self) -> None:
-        """A request has ended; must not ask at once."""
-
-
-class _Closed(_Simulated):
-    """Asks for another one for each that was answered."""
-
-    def __init__(
-        self, known: Calibrated, settings: Settings, outside_s: float, order: Sequence[str]
-    ) -> None:
-        super().__init__(known, settings, outside_s)
-        self._order = cycle(order)
-
-    def more(self, _: None) -> None:
-        """Ask for the next one."""
-        self.ask(next(self._order))
-
-    def answered(self) -> None:
-        self.clock.at(self.clock.now_s + self.outside_s, self.more)
-
-
-def saturated(
-    known: Calibrated,
-    settings: Settings,
-    outside_s: float,
-    order: Sequence[str],
-    outstanding: int,
-    answers: int,
-) -> Figures:
-    """What a server does that always has so many requests.
-
-    Args:
-        known: what the machine takes, and of what models.
-        settings: of the server's scheduler.
-        outside_s: of a request, beside the scheduler's part.
-        order: of the models that are asked for, over and over.
-        outstanding: requests at any time.
-        answers: that count, after the first ``outstanding`` ones.
-    """
-    one = _Closed(known, settings, outside_s, order)
-    for _ in range(outstanding):
-        one.clock.at(0.0, one.more)
-    while len(one.ends_s) < outstanding + answers:
-        one.clock.run(until_s=one.clock.now_s + 1.0)
-    took = one.took_s[outstanding : outstanding + answers]
-    p50, p99 = np.quantile(took, (0.5, 0.99))
-    ends = one.ends_s[outstanding : outstanding + answers]
-    return Figures(rate_of(ends), float(p50), float(p99))
-
-
-def opened(
-    known: Calibrated, settings: Settings, outside_s: float, arrivals: Sequence[tuple[float, str]]
-) -> Figures:
-    """What a server does when requests arrive so, whether others were answered or not.
-
-    Args:
-        known: what the machine takes, and of what models.
-        settings: of the server's scheduler.
-        outside_s: of a request, beside the scheduler's part.
-        arrivals: seconds, and the model.
-    """
-    one = _Simulated(known, settings, outside_s)
-    for at_s, model in arrivals:
-        one.clock.at(1.0 + at_s, one.ask, model)
-    one.clock.run()
-    p50, p99 = np.quantile(one.took_s, (0.5, 0.99))
-    return Figures(len(one.took_s) / (one.ends_s[-1] - 1.0), float(p50), float(p99))
+        asked_s = self._asked_s.pop(end.request, None)
+        if asked_s is None:
+            return  # it was withdrawn
+        ends_s = self._clock.now_s + self._outside_s
+        self._took_s.append(ends_s - asked_s)
+        self._ends_s.append(ends_s)
+        self._clock.at(ends_s, self._ask_next)
