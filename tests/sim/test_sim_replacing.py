@@ -167,6 +167,17 @@ def test_a_part_that_is_given_up_while_its_server_starts_may_come_back() -> None
     assert set(plan.costs) == {part.key}
 
 
+def test_a_part_without_room_is_not_added() -> None:
+    """Others may have taken memory since it was planned."""
+    run = VirtualCluster(THREE, APART, OPTIONS, planner=PLANNER)
+    server, forms = run.servers["s2"], run.servers["s1"].models["b[0:6]"]
+    server.take_epc(MACHINE.budget - 2 * MB, 0.1)
+    assert not server.add("b[0:6]", forms)
+    assert not server.models
+    server.take_epc(0, 0.1)
+    assert server.add("b[0:6]", forms)
+
+
 def test_an_enclave_that_does_not_run_does_not_die() -> None:
     """A server without parts has none; when it gets a part later, that is served."""
     run = VirtualCluster(THREE, APART, OPTIONS, planner=PLANNER)

@@ -22,11 +22,11 @@ class Clock:
     def __init__(self) -> None:
         """It is 0, and nothing is to happen."""
         self.now_s = 0.0
-        self._actions: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._actions: list[tuple[float, int, Callable[[Any], object], Any]] = []
         self._made = 0
         self._stopped = False
 
-    def at(self, time_s: float, action: Callable[[Any], None], facts: Any = None) -> None:
+    def at(self, time_s: float, action: Callable[[Any], object], facts: Any = None) -> None:
         """Call ``action(facts)`` then, which is not before now."""
         assert time_s >= self.now_s, f"{time_s} s is over, it is {self.now_s} s"
         self._made += 1

@@ -259,8 +259,12 @@ class Replacing:
             self._network.send(size, None, part.server, self._carry, load)
         else:
             forms = self._cluster.models[part.model]
-            server.add(part.key, part_of(forms, part.first, part.last, server.server.speed))
-            self._use(part)
+            own = part_of(forms, part.first, part.last, server.server.speed)
+            if server.add(part.key, own):
+                self._use(part)
+            else:  # its memory is not what it was when this was planned
+                self.without(())
+                self.noticed()
 
     def _use(self, part: Part) -> None:
         self._put({**self.placement.parts, part: self._goal.parts[part]})

@@ -166,14 +166,24 @@ class VirtualServer:
             )
         )
 
-    def add(self, key: str, forms: Forms) -> None:
-        """Another part is here; requests for it wait until its memory is arranged."""
-        self.models = {**self.models, key: forms}
+    def add(self, key: str, forms: Forms) -> bool:
+        """Another part is here; requests for it wait until its memory is arranged.
+
+        Returns:
+            Whether there is room for it, beside what is here; if not, nothing has changed.
+        """
+        models = {**self.models, key: forms}
+        try:
+            require_fits(models, self.machine.shapes()[-1])
+        except BudgetError:
+            return False
+        self.models = models
         if self._started:
             self.enclave.tell(ModelAdded(self._clock.now_s, key, forms))
         else:
             self._started = True
             self.enclave.start(self.models)
+        return True
 
     def forget(self, key: str) -> None:
         """A part is not to be served here any more."""
