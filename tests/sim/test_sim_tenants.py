@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from tests.sim.cases import MB, cluster, everywhere, load, model, placed, servers
+from tests.sim.cases import MACHINE, MB, cluster, everywhere, load, model, placed, servers
 
 from lasagna.policy.cluster import Part
+from lasagna.policy.plan import Style
 from lasagna.policy.state import Settings
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.options import EpcTaken, Options, ServerDies, Trouble
@@ -31,6 +34,22 @@ def test_epc_that_is_taken_is_not_used(dead: bool) -> None:
     figures = outcome.requests.figures()
     assert figures.answered + figures.refused == len(arrivals)
     assert figures.refused < (40 if dead else 15)  # while nobody serves the model
+
+
+def test_what_fits_is_what_its_scheduler_takes() -> None:
+    """Threads with a batch each need more than all on one: then it begins without the part."""
+    apart = Settings(queue_rows=100_000, style=Style(together=False))
+    lanes = replace(MACHINE, lanes=4, cores=4)
+    described = cluster(servers(1, lanes), {"a": model(4, 0.02, weight=2 * MB)})
+    kept = []
+    for settings in (ROOMY, apart):
+        run = VirtualCluster(described, everywhere(described), Options(settings=settings))
+        server = run.servers["s0"]
+        server.take_epc(lanes.budget - 6 * MB, 0.5)
+        run.clock.run(until_s=2.0)
+        assert server.alive
+        kept.append(len(server.models))
+    assert kept == [1, 0]
 
 
 def test_what_tenants_give_back_is_used_again() -> None:

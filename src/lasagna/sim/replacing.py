@@ -262,9 +262,8 @@ class Replacing:
             own = part_of(forms, part.first, part.last, server.server.speed)
             if server.add(part.key, own):
                 self._use(part)
-            else:  # its memory is not what it was when this was planned
-                self.without(())
-                self.noticed()
+            else:  # its memory, or its way to divide it, is not what was planned for
+                self._done()
 
     def _use(self, part: Part) -> None:
         self._put({**self.placement.parts, part: self._goal.parts[part]})

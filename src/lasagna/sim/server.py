@@ -11,6 +11,7 @@ from lasagna.policy.cluster import Part, Server
 from lasagna.policy.costs import Forms
 from lasagna.policy.events import Arrived, Cancelled, ModelAdded, ModelRemoved
 from lasagna.policy.memory import require_fits
+from lasagna.policy.plan import Style
 from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.clock import Clock
@@ -77,6 +78,7 @@ class VirtualServer:
         clock: Clock,
         server: Server,
         models: Mapping[str, Forms],
+        style: Style,
         make: MakeEnclave,
         left: Callable[[VirtualServer, Flow, End], None],
         opened: Callable[[VirtualServer], None],
@@ -87,6 +89,7 @@ class VirtualServer:
             clock: of everything that is simulated.
             server: what it has.
             models: of its parts; without any it idles.
+            style: in which its schedulers divide memory.
             make: makes an enclave.
             left: is told of each request that leaves, and how.
             opened: is told when an enclave takes runs, the first one and those after losses.
@@ -94,6 +97,7 @@ class VirtualServer:
         self._clock = clock
         self.server = server
         self.models = models
+        self._style = style
         self._make = make
         self._left = left
         self._was_opened = opened
@@ -173,9 +177,7 @@ class VirtualServer:
             Whether there is room for it, beside what is here; if not, nothing has changed.
         """
         models = {**self.models, key: forms}
-        try:
-            require_fits(models, self.machine.shapes()[-1])
-        except BudgetError:
+        if not self._fit(models):
             return False
         self.models = models
         if self._started:
@@ -183,6 +185,14 @@ class VirtualServer:
         else:
             self._started = True
             self.enclave.start(self.models)
+        return True
+
+    def _fit(self, models: Mapping[str, Forms]) -> bool:
+        """Whether its scheduler takes all of them, with the memory that it has now."""
+        try:
+            require_fits(models, self._style.shapes(self.machine)[-1], self._style)
+        except BudgetError:
+            return False
         return True
 
     def forget(self, key: str) -> None:
@@ -227,14 +237,10 @@ class VirtualServer:
             pause_s: until it starts again.
         """
         self.taken_bytes = taken_bytes
-        least = self.machine.shapes()[-1]
         fitting: dict[str, Forms] = {}
         for key, forms in self.models.items():
-            try:
-                require_fits({**fitting, key: forms}, least)
-            except BudgetError:
-                continue
-            fitting[key] = forms
+            if self._fit({**fitting, key: forms}):
+                fitting[key] = forms
         self.models = fitting
         if self.alive or self._started:
             self.lose()
