@@ -93,3 +93,15 @@ def test_a_plan_that_is_hardly_better_does_not_displace_a_simple_one() -> None:
     for objective in ("throughput", "latency"):
         assert best_of([plain, close], objective) is plain
         assert best_of([plain, far], objective) is far
+
+
+def test_in_overload_what_is_answered_counts_as_a_share_of_what_others_answer() -> None:
+    """0.52 of the requests is 8 % more than 0.48, whatever the others' mean time is."""
+    plain = verdict(
+        judged(cluster(servers(2), {"a": SMALL}, rate=1.0), PlanOptions("latency", 0.5))
+    )
+    other = replace(plain.candidate, placement=replace(plain.candidate.placement))
+    more = Verdict(plain.candidate, 0.52, plain.throughput, plain.mean_s)
+    less = Verdict(other, 0.48, plain.throughput, 0.8 * plain.mean_s)
+    assert not less.beats(more, "latency")
+    assert more.beats(less, "latency")

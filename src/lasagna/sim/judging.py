@@ -99,7 +99,7 @@ class Verdict:
         margin = 0.0 if self.candidate.placement is other.candidate.placement else MARGIN
         if objective == "throughput":
             return self.throughput > (1 + margin) * other.throughput
-        if abs(self.in_time - other.in_time) > margin:
+        if abs(self.in_time - other.in_time) > margin * max(self.in_time, other.in_time):
             return self.in_time > other.in_time
         return self.mean_s < (1 - margin) * other.mean_s
 
