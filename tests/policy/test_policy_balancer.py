@@ -112,6 +112,16 @@ def test_a_part_may_use_what_its_server_has_free_and_each_balancer_its_share() -
         assert balancer._shares[part].wait_s(0.0) == pytest.approx(balancers * 0.5 / rate)
 
 
+def test_of_servers_that_seem_idle_one_gets_it_that_has_none_of_its_requests() -> None:
+    """Batches are believed to be full. A lone request takes longer than its share of one."""
+    balancer = two_wholes()
+    first = servers_of(routed(balancer, 1))
+    later_s = 2 * WHOLE.work_s  # by then the bucket is empty, and the answer may be under way
+    assert servers_of(routed(balancer, 2, now_s=later_s)) != first
+    balancer.handle(Ended(later_s, 2))
+    assert servers_of(routed(balancer, 3, now_s=2 * later_s)) != first
+
+
 def test_a_report_sets_right_what_was_believed() -> None:
     """Others' requests are known by a report only, and what was sent since comes on top."""
     balancer = two_wholes()

@@ -59,6 +59,23 @@ def test_the_expected_wait_is_what_the_work_takes(together: bool) -> None:
     rig = enclave({"a": costs}, machine, settings)
     for number in range(1, 201):
         rig.arrive(number, "a")
-    expected_s, begin_s = rig.scheduler.backlog_s(), rig.now_s
+    expected_s, begin_s = rig.scheduler.backlog_s(rig.now_s), rig.now_s
     rig.drain()
     assert rig.now_s - begin_s == pytest.approx(expected_s, rel=0.15)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_reported_as_left_falls_while_a_run_is_under_way(together: bool) -> None:
+    """Or whoever is almost done would look as busy as one that has just begun."""
+    costs = linear([10_000], [2 * MB], [0.01])
+    settings = Settings(queue_rows=1000, style=Style(together=False))
+    rig = enclave({"a": costs}, TWO.shapes()[together], settings)
+    rig.arrive(1, "a")
+    begin_s, left_s = rig.now_s, rig.scheduler.backlog_s(rig.now_s)
+    assert rig.scheduler.backlog_s(begin_s + left_s / 4) == pytest.approx(0.75 * left_s)
+    assert rig.scheduler.backlog_s(begin_s + 10 * left_s) == pytest.approx(0.0)
+    for number in range(2, 101):
+        rig.arrive(number, "a")
+    all_s = rig.scheduler.backlog_s(rig.now_s)
+    # What waits is not done by time that passes, however long the run takes.
+    assert rig.scheduler.backlog_s(rig.now_s + 10 * all_s) >= 0.8 * all_s

@@ -262,14 +262,14 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
     server that holds it: where a request is decides what carrying it on costs.
     """
     reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
-    best: tuple[float, float, tuple[Part, ...]] | None = None
+    best: tuple[tuple[float, int, float], tuple[Part, ...]] | None = None
     now_s, rows = event.at_s, event.rows
     for cut in network.begins:
         here = [(server, *label) for (at, server), label in reached.items() if at == cut]
         for part, costs, belief, share in network.some(cut, event.draw) if here else ():
             held_s = share.level_s + share.at_s - now_s  # below 0 if nobody is before it
             through_s = belief.through_s(costs, rows)
-            if best is not None and now_s + max(0.0, held_s) + through_s > best[0]:
+            if best is not None and now_s + max(0.0, held_s) + through_s > best[0][0]:
                 continue  # no route through it ends sooner
             for server, time_s, route in here:
                 before = balancer.servers[server] if server else None
@@ -278,13 +278,14 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
                 ends_s = comes_s + max(wait_s, held_s) + through_s
                 if part.last == network.slices:
                     ends_s = carried_s(costs.out_bytes * rows, ends_s, belief, None)
-                    if best is None or (ends_s, -costs.rate) < best[:2]:
-                        best = ends_s, -costs.rate, (*route, part)
+                    rank = ends_s, belief.outstanding, -costs.rate
+                    if best is None or rank < best[0]:
+                        best = rank, (*route, part)
                     continue
                 known = reached.get((part.last, part.server))
                 if known is None or ends_s < known[0]:
                     reached[part.last, part.server] = ends_s, (*route, part)
-    return None if best is None else best[2]
+    return None if best is None else best[1]
 
 
 def _hop_by_hop(

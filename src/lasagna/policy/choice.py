@@ -59,8 +59,17 @@ class Choice:
             model.rests_s = list(accumulate(reversed(own_s)))[::-1]
         return model.rests_s
 
-    def backlog_s(self, models: Iterable[ModelState], running: Iterable[Running]) -> float:
-        """Work of all rows that wait or run, in seconds of the whole server."""
+    def backlog_s(
+        self, models: Iterable[ModelState], running: Iterable[Running], elapsed_s: float
+    ) -> float:
+        """Work of all rows that wait or run, in seconds of the whole server.
+
+        Args:
+            models: that are served.
+            running: runs, in order of their numbers.
+            elapsed_s: since a run began or ended: so long the runs of a gang have been under way,
+                at least, and as much of their work is done.
+        """
         total = 0.0
         for model in models:
             rests_s = model.rests_s or self.rests_s(model)
@@ -71,9 +80,14 @@ class Choice:
             for stage, rest_s in zip(model.stages, rests_s, strict=True):
                 inside += stage.waiting_rows * rest_s
             total += inside
-        for _, model, index, rows in running:
-            total += rows * (model.rests_s or self.rests_s(model))[index]
-        return total
+        under_way = 0.0
+        for number, (_, model, index, rows) in enumerate(running):
+            rests_s = model.rests_s or self.rests_s(model)
+            total += rows * rests_s[index]
+            if number < self._lanes:
+                after_s = rests_s[index + 1] if index + 1 < len(rests_s) else 0.0
+                under_way += rows * (rests_s[index] - after_s)
+        return total - min(under_way, elapsed_s)
 
     def _gather_s(self, model: ModelState, stage: StageState) -> float:
         """Seconds in which a full batch comes together, when the server does nothing else."""

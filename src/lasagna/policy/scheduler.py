@@ -26,7 +26,6 @@ and for those before it, once at each of its stages.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final, assert_never
 
 from lasagna.policy.arranging import Arranger
@@ -83,6 +82,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._running: dict[int, Running] = {}
         self._runs = self._deaths = 0
+        self._since_s = 0.0  # when a run ended last, or began in an idle enclave
         self._arranger = Arranger(machine, settings.style)
         self._predictions = Predictions(machine)
         self._choice = Choice(self._predictions, settings.patience_s, in_order=settings.in_order)
@@ -159,12 +159,12 @@ class Scheduler:
         request = Request(event, event.rows, event.rows)
         if self.waiting_rows + event.rows > self._settings.queue_rows:
             reason = f"{self.waiting_rows} rows wait, the limit is {self._settings.queue_rows}"
-            self._refuse(request, self.backlog_s(), reason, out)
+            self._refuse(request, self.backlog_s(event.at_s), reason, out)
             return
         deadline_s = request.deadline_s
         model.limited(deadline_s - event.at_s)
         if event.deadline_s is not None:
-            wait_s = self.backlog_s()
+            wait_s = self.backlog_s(event.at_s)
             if self._choice.answer_s(model, event.at_s, wait_s) > deadline_s:
                 reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
                 self._refuse(request, wait_s, reason, out)
@@ -189,10 +189,7 @@ class Scheduler:
         model = self._models[gone.facts.model]
         model.outside.remove(request)
         for stage in model.stages:
-            kept = deque(part for part in stage.waiting if part.request != request)
-            rows = sum(part.count for part in kept)
-            stage.held -= stage.waiting_rows - rows
-            stage.waiting, stage.waiting_rows = kept, rows
+            stage.drop(request)
         if known:
             out.append(Forget(request))
 
@@ -203,7 +200,7 @@ class Scheduler:
     # Runs.
 
     def _ran(self, event: Ran, out: list[Command]) -> None:
-        run, model, index, rows = self._running.pop(event.run)
+        run, model, index, rows = self._over(event)
         stage = model.stages[index]
         if self._predictions.note(model, stage, rows, event):
             for one in self._models.values():
@@ -225,8 +222,12 @@ class Scheduler:
                     del self._requests[part.request]
                     out.append(Answer(part.request))
 
+    def _over(self, event: Ran | RunFailed) -> Running:
+        self._since_s = event.at_s
+        return self._running.pop(event.run)
+
     def _failed(self, event: RunFailed, out: list[Command]) -> None:
-        run, model, index, rows = self._running.pop(event.run)
+        run, model, index, rows = self._over(event)
         stage = model.stages[index]
         if index + 1 < len(model.stages):
             model.stages[index + 1].held -= rows
@@ -252,8 +253,7 @@ class Scheduler:
         self._arranger.enclave_lost()
         for model in self._models.values():
             for stage in model.stages:
-                stage.waiting.clear()
-                stage.waiting_rows = stage.held = 0
+                stage.clear()
         for number in sorted(self._requests):
             request = self._requests[number]
             request.deaths += number in suspects
@@ -370,6 +370,8 @@ class Scheduler:
         if index + 1 < len(model.stages):
             model.stages[index + 1].held += rows - left
         self._runs += 1
+        if not self._running:
+            self._since_s = now_s
         run = Run(self._runs, model.name, stage.plan.first, stage.plan.last, tuple(batch))
         self._running[run.run] = (run, model, index, rows - left)
         return run
@@ -377,12 +379,7 @@ class Scheduler:
     def _take(self, model: ModelState, index: int, limit: int, now_s: float) -> Rows:
         stage = model.stages[index]
         if stage.waiting:
-            part = stage.waiting.popleft()
-            stage.waiting_rows -= min(part.count, limit)
-            if part.count > limit:
-                first, left, since_s = part.first + limit, part.count - limit, part.since_s
-                stage.waiting.appendleft(Rows(part.request, first, left, since_s))
-                part = Rows(part.request, part.first, limit, since_s)
+            part = stage.take(limit)
             if not index:
                 self._requests[part.request].take(part.count)
             return part
@@ -395,6 +392,7 @@ class Scheduler:
         self._requests[part.request].take(count)
         return part
 
-    def backlog_s(self) -> float:
-        """Work of all rows that wait or run, in seconds of the whole server."""
-        return self._choice.backlog_s(self._models.values(), self._running.values())
+    def backlog_s(self, now_s: float) -> float:
+        """Work of all rows that wait or run, in seconds of the whole server from then on."""
+        elapsed_s = now_s - self._since_s
+        return self._choice.backlog_s(self._models.values(), self._running.values(), elapsed_s)

@@ -179,6 +179,28 @@ class StageState:
     by_rows: dict[int, Correction] = field(default_factory=dict)
     sealing: Correction = field(default_factory=Correction)
 
+    def take(self, limit: int) -> Rows:
+        """The first request's rows, or so many of them; the others are first now."""
+        part = self.waiting.popleft()
+        if part.count > limit:
+            first, left = part.first + limit, part.count - limit
+            self.waiting.appendleft(Rows(part.request, first, left, part.since_s))
+            part = Rows(part.request, part.first, limit, part.since_s)
+        self.waiting_rows -= part.count
+        return part
+
+    def drop(self, request: int) -> None:
+        """Its rows do not wait here any more."""
+        self.waiting = deque(part for part in self.waiting if part.request != request)
+        rows = sum(part.count for part in self.waiting)
+        self.held -= self.waiting_rows - rows
+        self.waiting_rows = rows
+
+    def clear(self) -> None:
+        """The enclave is lost, and with it all rows."""
+        self.waiting.clear()
+        self.waiting_rows = self.held = 0
+
 
 @dataclass(slots=True, eq=False)
 class ModelState:

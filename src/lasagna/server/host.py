@@ -388,4 +388,5 @@ class EnclaveHost:
         if self.link is None:
             return EnclaveLostError(f"{late}: {model.status.reason}")
         waiting = self.scheduler.waiting_rows
-        return OverloadedError(f"{late}; {waiting} rows wait", self.scheduler.backlog_s())
+        wait_s = self.scheduler.backlog_s(asyncio.get_running_loop().time())
+        return OverloadedError(f"{late}; {waiting} rows wait", wait_s)

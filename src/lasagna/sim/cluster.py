@@ -323,7 +323,7 @@ class VirtualCluster:
         now_s = self.clock.now_s
         if server.alive:
             scheduler = server.enclave.scheduler
-            facts = (server, now_s, scheduler.backlog_s(), scheduler.slowness)
+            facts = (server, now_s, scheduler.backlog_s(now_s), scheduler.slowness)
             self.clock.at(now_s + server.server.delay_s, self._reported, facts)
         self.clock.at(now_s + self._options.report_s, self._report, server)
 

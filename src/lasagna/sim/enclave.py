@@ -42,15 +42,12 @@ from lasagna.policy.state import Settings
 from lasagna.sim.calibration import Calibration, Resident
 from lasagna.sim.clock import Clock
 from lasagna.sim.planner import Planner
-from lasagna.sim.runs import Gang, Takes, joining_share, reckon
+from lasagna.sim.runs import Gang, Span, Takes, joining_share, reckon
 
 End: TypeAlias = Answer | Refuse | GiveUp
 """How a request leaves a server."""
 Heard: TypeAlias = Callable[[Event, Sequence[Command]], None]
 """Is shown every event that a scheduler was told, and the commands that it led to."""
-_Span: TypeAlias = tuple[float, float, float | None]
-"""When a run begins and ends, and the factor that was drawn for its time; None where it has that of
-a run that it is in step with."""
 
 
 @dataclass(slots=True)
@@ -132,7 +129,7 @@ class VirtualEnclave:
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._running = 0
-        self._under_way: dict[tuple[str, int], list[_Span]] = {}
+        self._under_way: dict[tuple[str, int], list[Span]] = {}
         self._shares: dict[tuple[str, int], float] = {}
         self._takes: dict[tuple[str, int, int, int, tuple[int, int], bool], Takes] = {}
 
@@ -316,7 +313,7 @@ class VirtualEnclave:
             counters.tasks += rows * (run.last - run.first)
             counters.busy_s += total_s / lanes
             end_s = now_s + total_s
-            span = now_s, end_s, drawn
+            span = Span(now_s, end_s, drawn)
             self._under_way.setdefault(stage, []).append(span)
             ran = Ran(end_s, run.run, compute_s, load_bytes, load_s, seal_s)
             clock.at(end_s, self._end, (self._life, stage, span, ran))
@@ -348,9 +345,8 @@ class VirtualEnclave:
         now_s, queue = self._clock.now_s, self._queue
         follows = bool(queue) and (queue[0].model, queue[0].first) == stage
         return any(
-            now_s - begin_s < share * (end_s - begin_s)
-            or (follows and end_s - now_s < share * (end_s - begin_s))
-            for begin_s, end_s, _ in self._under_way.get(stage, ())
+            one.has_just_begun(now_s, share) or (follows and one.ends_soon(now_s, share))
+            for one in self._under_way.get(stage, ())
         )
 
     def _leading(self, stage: tuple[str, int], share: float) -> float | None:
@@ -359,9 +355,9 @@ class VirtualEnclave:
         Only one that has drawn its own: factors are not handed on from gang to gang.
         """
         now_s = self._clock.now_s
-        for begin_s, end_s, drawn in self._under_way.get(stage, ()):
-            if drawn is not None and now_s - begin_s < share * (end_s - begin_s):
-                return drawn
+        for one in self._under_way.get(stage, ()):
+            if one.factor is not None and one.has_just_begun(now_s, share):
+                return one.factor
         return None
 
     def _paging_s(self, run: Run, alone_s: float) -> float:
@@ -381,7 +377,7 @@ class VirtualEnclave:
         self._gangs[key] = Gang(now_s, alone_s + paging_s, paging_s, share)
         return paging_s
 
-    def _end(self, facts: tuple[int, tuple[str, int], _Span, Ran]) -> None:
+    def _end(self, facts: tuple[int, tuple[str, int], Span, Ran]) -> None:
         life, stage, span, ran = facts
         if life == self._life:
             self._running -= 1

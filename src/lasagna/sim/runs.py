@@ -52,6 +52,27 @@ class Gang:
         self.until_s = begin_s + share * total_s
 
 
+class Span(NamedTuple):
+    """A run under way.
+
+    Attributes:
+        begin_s: when it began; end_s: when it will end.
+        factor: drawn for its time; None where it has that of a run that it is in step with.
+    """
+
+    begin_s: float
+    end_s: float
+    factor: float | None
+
+    def has_just_begun(self, now_s: float, share: float) -> bool:
+        """Whether less than a share of it is over."""
+        return now_s - self.begin_s < share * (self.end_s - self.begin_s)
+
+    def ends_soon(self, now_s: float, share: float) -> bool:
+        """Whether less than a share of it is left."""
+        return self.end_s - now_s < share * (self.end_s - self.begin_s)
+
+
 def joining_share(plan: MemoryPlan, run: Run) -> float:
     """Share of a run, from its beginning, in which others of its stage join its gang.
 
