@@ -88,7 +88,9 @@ RULES: Final[dict[str, Rule]] = {
     ),
     "errors": Rule(frozenset(), libraries=PURE, banned=IMPURE_NAMES),
     "units": Rule(frozenset({"errors"}), libraries=PURE, banned=IMPURE_NAMES),
-    "policy": Rule(LEAF, libraries=PURE | {"numpy", "scipy", "highspy"}, banned=IMPURE_NAMES),
+    "policy": Rule(
+        LEAF, libraries=PURE | {"msgspec", "numpy", "scipy", "highspy"}, banned=IMPURE_NAMES
+    ),
     "trust": Rule(
         LEAF, libraries=PURE | {"cryptography", "msgspec", "dcap_qvl"}, banned=IMPURE_NAMES
     ),

@@ -68,6 +68,15 @@ POLICIES: Final = (
     "least-outstanding",
     "power-of-two",
 )
+PARTLY: Final = (
+    "local-only",
+    "global-only",
+    "round-robin",
+    "random",
+    "least-outstanding",
+    "power-of-two",
+)
+"""Policies that are Lasagna with one thing done otherwise: the placement, the servers, the routes."""
 WHOLE: Final = ("lasagna", "whole-model", "on-demand", "vanilla")
 LOADS: Final = (0.1, 0.5, 0.9, 1.2)
 SIZES: Final = (4, 8, 16)
@@ -318,6 +327,12 @@ def _bars(cells: Sequence[Cell]) -> list[Bar]:
         bars.append(Bar(f"all loads: goodput over {over}, least", worst, 1.0))
         worst = min(cell.ratio(over, "goodput") for cell in _of(cells, "admission"))
         bars.append(Bar(f"overload, late ones refused: goodput over {over}, least", worst, 1.0))
+    for over in PARTLY:
+        own = [c for c in (*calm, *_of(cells, "unequal")) if c.case.load < 1.0]
+        ratios = [cell.ratio(over, "latency") for cell in own if over in cell.figures]
+        name = f"all servers and loads: mean latency of {over} over Lasagna's"
+        bars.append(Bar(f"{name}, median", float(np.median(ratios)), 1.0))
+        bars.append(Bar(f"{name}, least", min(ratios), 1.0))
     for group, what in (("unequal", "unequal servers"), ("links", "all links")):
         chosen = _of(cells, group)
         for over in WHOLE[1:3]:

@@ -119,7 +119,7 @@ def _cell(number: int, servers: int, count: int) -> tuple[float, int, float]:
             name = names[(len(MODELS) * n + k) % CELL_MODELS]
             part = Part(name.split("-")[0], 0, len(sliced(models[name]).slices), "s0")
             costs = replace(every.parts[part], rate=each / len(MODELS))
-            parts[replace(part, model=name, server=server.name)] = costs
+            parts[Part(name, part.first, part.last, server.name)] = costs
     placement = replace(every, parts=parts, throughput=each * servers)
     rng = np.random.default_rng(number)
     load = itertools.islice(

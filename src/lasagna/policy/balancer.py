@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, assert_never
+from typing import Final, NamedTuple, TypeAlias, assert_never
 
 from lasagna.errors import UsageError
 from lasagna.policy.balancer_events import (
@@ -73,7 +73,8 @@ class _Network:
         return hops[start : start + COMPARED] + hops[: max(0, start + COMPARED - count)]
 
 
-Rule = Callable[["Balancer", _Network, Asked], "tuple[Part, ...] | None"]
+Route: TypeAlias = tuple[_Hop, ...]
+Rule = Callable[["Balancer", _Network, Asked], Route | None]
 
 
 class Balancer:
@@ -102,7 +103,7 @@ class Balancer:
         self.servers = {server.name: Belief(server) for server in cluster.servers}
         self._networks: dict[str, _Network] = {}
         self._turns: dict[tuple[str, int], int] = {}
-        self._routes: dict[int, tuple[tuple[Part, ...], int]] = {}
+        self._routes: dict[int, tuple[Route, int]] = {}
         self._asked: dict[int, Asked] = {}
         self._placement = placement
         self._shares: dict[Part, Bucket] = {}
@@ -172,25 +173,24 @@ class Balancer:
                 reason = f"it would be answered {late_s:.3g} s too late"
                 return Reject(event.request, late_s, reason)
         self._asked[event.request] = event
-        return Dispatch(event.request, route, self._note(event, route))
+        ends_s = self._note(event, route)
+        return Dispatch(event.request, tuple([hop.part for hop in route]), ends_s)
 
-    def _note(self, event: Asked, route: tuple[Part, ...]) -> float:
+    def _note(self, event: Asked, route: Route) -> float:
         """Believe what the route's servers and links will have to do; when the answer is there."""
         self._routes[event.request] = route, 0
-        self.servers[route[0].server].outstanding += 1
+        route[0].belief.outstanding += 1
         comes_s, ends_s = self._times(event, route, note=True)
-        for part, time_s in zip(route, comes_s, strict=True):
-            costs, belief = self._placement.parts[part], self.servers[part.server]
+        for (part, costs, belief, share), time_s in zip(route, comes_s, strict=True):
             belief.send(time_s, costs.work_s * belief.factor * event.rows)
             if costs.rate > 0.0:
-                share = self._shares[part]
                 busy = min(1.0, self._busy[part.server])
                 rate = costs.rate / busy / belief.factor / self._balancers
                 share.fill(event.at_s, event.rows / rate)
         return ends_s
 
     def _times(
-        self, event: Asked, route: tuple[Part, ...], *, note: bool = False
+        self, event: Asked, route: Route, *, note: bool = False
     ) -> tuple[list[float], float]:
         """When a request is expected at each of its parts, and when its answer is.
 
@@ -202,13 +202,12 @@ class Balancer:
         others = self._balancers if note else 0
         comes_s: list[float] = []
         now_s, before = event.at_s, None
-        for part in route:
-            costs, belief = self._placement.parts[part], self.servers[part.server]
+        for _, costs, belief, _ in route:
             now_s = carried_s(costs.in_bytes * event.rows, now_s, before, belief, others)
             comes_s.append(now_s)
             now_s += belief.backlog_s(now_s) + belief.through_s(costs, event.rows)
             before = belief
-        size = self._placement.parts[route[-1]].out_bytes * event.rows
+        size = route[-1].costs.out_bytes * event.rows
         return comes_s, carried_s(size, now_s, before, None, others)
 
     def _passed(self, request: int, hop: int) -> None:
@@ -216,10 +215,10 @@ class Balancer:
         if request not in self._routes:
             return
         route, at = self._routes[request]
-        self.servers[route[at].server].outstanding -= 1
+        route[at].belief.outstanding -= 1
         if hop < len(route):
             self._routes[request] = route, hop
-            self.servers[route[hop].server].outstanding += 1
+            route[hop].belief.outstanding += 1
         else:
             del self._routes[request], self._asked[request]
 
@@ -236,7 +235,7 @@ class Balancer:
         again = [
             self._asked[request]
             for request, (route, at) in self._routes.items()
-            if any(part.server == event.server for part in route[at:])
+            if any(hop.part.server == event.server for hop in route[at:])
         ]
         for asked in again:
             self._ended(asked.request)
@@ -255,22 +254,29 @@ class Balancer:
         ]
 
 
-def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part, ...] | None:
+def _earliest(balancer: Balancer, network: _Network, event: Asked) -> Route | None:
     """The route that ends first, where shares are kept to.
 
     Ties go to the part with more of the plan's flow. Labels are kept by the cut reached and the
     server that holds it: where a request is decides what carrying it on costs.
     """
-    reached: dict[tuple[int, str], tuple[float, tuple[Part, ...]]] = {(0, ""): (event.at_s, ())}
-    best: tuple[tuple[float, int, float], tuple[Part, ...]] | None = None
+    reached: dict[tuple[int, str], tuple[float, Route]] = {(0, ""): (event.at_s, ())}
+    best: tuple[tuple[float, int, float], Route] | None = None
     now_s, rows = event.at_s, event.rows
     for cut in network.begins:
         here = [(server, *label) for (at, server), label in reached.items() if at == cut]
-        for part, costs, belief, share in network.some(cut, event.draw) if here else ():
+        if not here:
+            continue
+        first_s = min(time_s for _, time_s, _ in here)
+        for hop in network.some(cut, event.draw):
+            part, costs, belief, share = hop
             held_s = share.level_s + share.at_s - now_s  # below 0 if nobody is before it
-            through_s = belief.through_s(costs, rows)
-            if best is not None and now_s + max(0.0, held_s) + through_s > best[0][0]:
-                continue  # no route through it ends sooner
+            through_s = belief.factor * (costs.through_s + (rows - 1) * costs.work_s)
+            if best is not None:
+                work = belief.work  # who comes later waits less, and is not done sooner
+                wait_s = work.level_s - max(0.0, first_s - work.at_s)
+                if first_s + max(0.0, wait_s, held_s) + through_s > best[0][0]:
+                    continue  # no route through it ends sooner
             for server, time_s, route in here:
                 before = balancer.servers[server] if server else None
                 comes_s = carried_s(costs.in_bytes * rows, time_s, before, belief)
@@ -280,35 +286,35 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part
                     ends_s = carried_s(costs.out_bytes * rows, ends_s, belief, None)
                     rank = ends_s, belief.outstanding, -costs.rate
                     if best is None or rank < best[0]:
-                        best = rank, (*route, part)
+                        best = rank, (*route, hop)
                     continue
                 known = reached.get((part.last, part.server))
                 if known is None or ends_s < known[0]:
-                    reached[part.last, part.server] = ends_s, (*route, part)
+                    reached[part.last, part.server] = ends_s, (*route, hop)
     return None if best is None else best[1]
 
 
 def _hop_by_hop(
-    pick: Callable[[Balancer, list[_Hop], Asked, int], Part],
+    pick: Callable[[Balancer, list[_Hop], Asked, int], _Hop],
 ) -> Rule:
     """A rule that chooses among the parts at each cut, and looks no further."""
 
-    def rule(balancer: Balancer, network: _Network, event: Asked) -> tuple[Part, ...] | None:
-        route: list[Part] = []
+    def rule(balancer: Balancer, network: _Network, event: Asked) -> Route | None:
+        route: list[_Hop] = []
         cut = 0
         while cut < network.slices:
             parts = network.begins.get(cut)
             if not parts:
                 return None
             route.append(pick(balancer, parts, event, len(route)))
-            cut = route[-1].last
+            cut = route[-1].part.last
         return tuple(route)
 
     return rule
 
 
-def _in_turn(balancer: Balancer, parts: list[_Hop], event: Asked, _: int) -> Part:
-    return parts[balancer.turn(event.model, parts[0].part.first) % len(parts)].part
+def _in_turn(balancer: Balancer, parts: list[_Hop], event: Asked, _: int) -> _Hop:
+    return parts[balancer.turn(event.model, parts[0].part.first) % len(parts)]
 
 
 def _drawn(draw: float, hop: int, choices: int) -> int:
@@ -318,15 +324,15 @@ def _drawn(draw: float, hop: int, choices: int) -> int:
     return int(draw * choices)
 
 
-def _at_random(_: Balancer, parts: list[_Hop], event: Asked, hop: int) -> Part:
-    return parts[_drawn(event.draw, hop, len(parts))].part
+def _at_random(_: Balancer, parts: list[_Hop], event: Asked, hop: int) -> _Hop:
+    return parts[_drawn(event.draw, hop, len(parts))]
 
 
-def _least(_: Balancer, parts: list[_Hop], __: Asked, ___: int) -> Part:
-    return min(parts, key=lambda one: one.belief.outstanding).part
+def _least(_: Balancer, parts: list[_Hop], __: Asked, ___: int) -> _Hop:
+    return min(parts, key=lambda one: one.belief.outstanding)
 
 
-def _two_choices(balancer: Balancer, parts: list[_Hop], event: Asked, hop: int) -> Part:
+def _two_choices(balancer: Balancer, parts: list[_Hop], event: Asked, hop: int) -> _Hop:
     """The less busy of two drawn at random (Mitzenmacher, 2001)."""
     drawn = [parts[_drawn(event.draw, 2 * hop + n, len(parts))] for n in range(2)]
     return _least(balancer, drawn, event, hop)

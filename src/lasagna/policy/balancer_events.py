@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from lasagna.policy.cluster import Part
 from lasagna.policy.placed import Placement
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """A request came in.
 
     Attributes:
@@ -30,8 +31,7 @@ class Asked:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Passed:
+class Passed(msgspec.Struct, frozen=True):
     """A request has left the part of its route with this number, counted from 0."""
 
     at_s: float
@@ -39,16 +39,14 @@ class Passed:
     hop: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A request was answered, refused by a server, or given up; it is on none any more."""
 
     at_s: float
     request: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(msgspec.Struct, frozen=True):
     """What a server said of itself.
 
     Attributes:
@@ -93,8 +91,7 @@ class Replaced:
 BalancerEvent: TypeAlias = Asked | Passed | Ended | Reported | ServerLost | ServerBack | Replaced
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(msgspec.Struct, frozen=True):
     """Send a request along these parts, from the first slice through the last."""
 
     request: int

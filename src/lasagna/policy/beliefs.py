@@ -51,6 +51,7 @@ class Belief:
         factor: by which it is slower than predicted.
         measured_s: when the last report was measured.
         down: its link towards it; up: from it.
+        work: that it has to do.
     """
 
     server: Server
@@ -60,12 +61,12 @@ class Belief:
     measured_s: float = float("-inf")
     down: Bucket = field(default_factory=Bucket)
     up: Bucket = field(default_factory=Bucket)
-    _work: Bucket = field(default_factory=Bucket)
+    work: Bucket = field(default_factory=Bucket)
     _sends: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=SENDS_KEPT))
 
     def backlog_s(self, now_s: float) -> float:
         """Seconds of work before a request that comes in then."""
-        return self._work.wait_s(now_s)
+        return self.work.wait_s(now_s)
 
     def through_s(self, costs: PartCosts, rows: int) -> float:
         """Seconds of a request in it, when its turn has come."""
@@ -74,14 +75,14 @@ class Belief:
     def send(self, arrives_s: float, work_s: float) -> None:
         """A request will come in there, and mean so much work."""
         self._sends.append((arrives_s, work_s))
-        self._work.fill(arrives_s, work_s)
+        self.work.fill(arrives_s, work_s)
 
     def report(self, measured_s: float, backlog_s: float, factor: float) -> None:
         """It was so; what was sent since then comes on top."""
         if measured_s < self.measured_s:
             return  # overtaken on its way
         self.measured_s, self.factor = measured_s, factor
-        self._work = Bucket(backlog_s, measured_s)
+        self.work = Bucket(backlog_s, measured_s)
         # A request sent later may arrive earlier, by a shorter way: so not only the first are over.
         coming = [send for send in self._sends if send[0] > measured_s]
         self._sends.clear()
@@ -94,7 +95,7 @@ class Belief:
 
     def empty(self) -> None:
         """It has begun anew."""
-        self._work, self.down, self.up = Bucket(), Bucket(), Bucket()
+        self.work, self.down, self.up = Bucket(), Bucket(), Bucket()
         self._sends.clear()
 
 

@@ -159,8 +159,7 @@ class Choice:
             now_s: the time.
             admit: whether rows may come in from outside.
         """
-        found: tuple[ModelState, int, int] | None = None
-        least: tuple[float, ...] = ()
+        found: list[tuple[ModelState, int, int]] = []
         for model in models:
             for index, stage in enumerate(model.stages):
                 rows = stage.waiting_rows
@@ -172,15 +171,18 @@ class Choice:
                 if index + 1 < len(model.stages):
                     following = model.stages[index + 1]
                     rows = min(rows, following.capacity - following.held)
-                if rows <= 0:
-                    continue
-                rank = self._rank(model, index, rows, requests, now_s)
-                if found is None or rank < least:
-                    found, least = (model, index, rows), rank
-        if found is not None and least[0] == _URGENT:
-            model, index, rows = found
-            return model, index, self._in_time(model, index, rows, least[1] - now_s)
-        return found
+                if rows > 0:
+                    found.append((model, index, rows))
+        if not found:
+            return None
+        if len(found) == 1 and found[0][0].limit_s == NEVER:
+            return found[0]
+        ranks = [self._rank(*one, requests, now_s) for one in found]
+        least = min(ranks)
+        model, index, rows = found[ranks.index(least)]
+        if least[0] == _URGENT:
+            rows = self._in_time(model, index, rows, least[1] - now_s)
+        return model, index, rows
 
     def _in_time(self, model: ModelState, index: int, rows: int, left_s: float) -> int:
         """The most rows of these that leave the first one time to meet its deadline."""
@@ -221,7 +223,10 @@ class Choice:
             slack_s = deadline_s - now_s - self.through_s(model, index)
             if 0.0 <= slack_s <= self._longest_s:  # later is too late, and now is not
                 return (_URGENT, deadline_s)
-        full, each = self.full(model, stage), -(-rows // self._lanes)
-        share = rows / (self._lanes * full)
-        efficiency = share * self._visit_s(model, stage, full) / self._visit_s(model, stage, each)
-        return (_EFFICIENT, -round(efficiency, 6), -index, behind, since_s)
+        efficiency = stage.efficiency.get(rows)
+        if efficiency is None:
+            full, each = self.full(model, stage), -(-rows // self._lanes)
+            full_s, each_s = self._visit_s(model, stage, full), self._visit_s(model, stage, each)
+            efficiency = round(rows / (self._lanes * full) * full_s / each_s, 6)
+            stage.efficiency[rows] = efficiency
+        return (_EFFICIENT, -efficiency, -index, behind, since_s)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import msgspec
+
 from lasagna.errors import UsageError
 from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
 from lasagna.policy.stages import Machine
@@ -42,8 +44,7 @@ class Server:
         return self.machine, self.speed, self.bandwidth, self.delay_s
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Part:
+class Part(msgspec.Struct, frozen=True, order=True):
     """Slices ``first`` to ``last``, exclusive, of a model, on a server."""
 
     model: str

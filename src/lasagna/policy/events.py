@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import msgspec
+
 from lasagna.policy.costs import Forms
 from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.policy.stages import Machine
@@ -32,8 +34,7 @@ class ModelRemoved:
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """A request came in.
 
     Attributes:
@@ -63,8 +64,7 @@ class Cancelled:
     request: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(msgspec.Struct, frozen=True):
     """A run has ended well: its rows stand at the cut behind its last slice.
 
     Attributes:
@@ -152,8 +152,7 @@ Event: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(msgspec.Struct, frozen=True):
     """Rows ``first`` to ``first + count`` of a request, which wait at a cut since ``since_s``."""
 
     request: int
@@ -162,8 +161,7 @@ class Rows:
     since_s: float = field(default=0.0, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Run slices ``first`` to ``last``, exclusive, on these rows as one batch, in one entry.
 
     Runs are carried out in the order of their numbers, as many at once as there are lanes; the
@@ -177,8 +175,7 @@ class Run:
     batch: tuple[Rows, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """All rows of the request are at the model's end: send them."""
 
     request: int

@@ -104,13 +104,17 @@ class FairQueue:
 
     def overdue(self, now_s: float, patience_s: float) -> bool:
         """Whether the oldest has waited too long, and may go before its turn."""
+        if self._in_turn < OUT_OF_TURN:
+            return False
         oldest = self.oldest()
-        late = oldest is not None and now_s - oldest.since_s >= patience_s
-        return late and self._in_turn >= OUT_OF_TURN
+        return oldest is not None and now_s - oldest.since_s >= patience_s
 
     def behind(self) -> float:
         """Virtual time of the tenant whose turn it is; the least of all models' goes first."""
-        return min(map(self._shares.behind, self._lines[max(self._lines)]))
+        tenants = self._lines[max(self._lines) if len(self._lines) > 1 else next(iter(self._lines))]
+        if len(tenants) > 1:
+            return min(map(self._shares.behind, tenants))
+        return self._shares.behind(next(iter(tenants)))
 
     def oldest(self) -> Waiting | None:
         """Who has waited longest."""

@@ -158,7 +158,8 @@ class StageState:
         pinned: its slices that need not be loaded.
         profile_s: seconds of computing by rows; exposed_s: of loading that it does not hide;
             sealing_s: of opening and sealing at the model's ends.
-        visit_s: what is predicted of visits, by rows; alone_s: of runs (``ModelState.learn``).
+        visit_s: what is predicted of visits, by rows; alone_s: of runs; efficiency: of visits, over
+            that of full batches (``ModelState.learn``).
         correction: of those; by_rows: of batches of one size, where some have been measured.
         sealing: correction of opening what comes in here, and sealing what leaves.
     """
@@ -175,6 +176,7 @@ class StageState:
     sealing_s: dict[int, float] = field(default_factory=dict)
     visit_s: dict[int, float] = field(default_factory=dict)
     alone_s: dict[int, float] = field(default_factory=dict)
+    efficiency: dict[int, float] = field(default_factory=dict)
     correction: Correction = field(default_factory=Correction)
     by_rows: dict[int, Correction] = field(default_factory=dict)
     sealing: Correction = field(default_factory=Correction)
@@ -226,6 +228,7 @@ class ModelState:
         for stage in stages:
             stage.visit_s.clear()
             stage.alone_s.clear()
+            stage.efficiency.clear()
         self.most = self.row_s = self.rests_s = None
         self.throughs_s.clear()
 
@@ -234,6 +237,8 @@ class ModelState:
         limit_s = min(limit_s, RELAXED * self.limit_s)
         if limit_s != self.limit_s:
             self.limit_s = limit_s
+            for stage in self.stages:
+                stage.efficiency.clear()
             self.most = self.row_s = self.rests_s = None
 
     def divide(self, plan: MemoryPlan | None, load_rate: float) -> None:

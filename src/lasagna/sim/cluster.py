@@ -235,13 +235,13 @@ class VirtualCluster:
         if attempt != flow.attempt or (sender is not None and sender.losses != losses):
             return
         part = flow.route[flow.hop]
-        server = self.servers[part.server]
-        if not server.alive or part.key not in server.models:
+        server, key = self.servers[part.server], part.key
+        if not server.alive or key not in server.models:
             return
         if flow.hop:
             due_s = self.clock.now_s + server.server.delay_s
             self.clock.at(due_s, self._passed, (flow, attempt, flow.hop - 1))
-        server.arrive(flow, self._options.admission)
+        server.arrive(flow, key, self._options.admission)
 
     def _left(self, server: VirtualServer, flow: Flow, end: End) -> None:
         """A server is done with a request."""

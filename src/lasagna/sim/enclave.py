@@ -333,10 +333,12 @@ class VirtualEnclave:
 
     def _company(self, stage: tuple[str, int], *, joins: bool) -> tuple[int, int]:
         """Runs that share a run's loads, it included, and lanes that stay idle."""
-        free = self._shape.lanes - self._running
-        following = [(one.model, one.first) for one in islice(self._queue, free - 1)]
-        mates = len(self._under_way.get(stage, ())) if joins else 0
-        return 1 + mates + following.count(stage), free - 1 - len(following)
+        mates = 1 + (len(self._under_way.get(stage, ())) if joins else 0)
+        idle = self._shape.lanes - self._running - 1
+        for one in islice(self._queue, idle):
+            mates += (one.model, one.first) == stage
+            idle -= 1
+        return mates, idle
 
     def _in_step(self, stage: tuple[str, int], share: float) -> bool:
         """Whether another run of the stage has just begun, or is about to be followed by one."""

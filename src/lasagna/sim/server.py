@@ -145,11 +145,12 @@ class VirtualServer:
             out_share=up.busy_s / span_s,
         )
 
-    def arrive(self, flow: Flow, admission: bool) -> None:
+    def arrive(self, flow: Flow, key: str, admission: bool) -> None:
         """A request's input is there; who is lost loses it.
 
         Args:
             flow: the request.
+            key: of the part that it is for.
             admission: whether the scheduler is told of its deadline.
         """
         if not self.alive:
@@ -162,7 +163,7 @@ class VirtualServer:
             Arrived(
                 self._clock.now_s,
                 ticket,
-                flow.route[flow.hop].key,
+                key,
                 arrival.rows,
                 arrival.tenant,
                 flow.deadline_s if admission else None,
