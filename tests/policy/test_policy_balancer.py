@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -23,7 +24,7 @@ from lasagna.policy.balancer_events import (
     ServerBack,
     ServerLost,
 )
-from lasagna.policy.beliefs import Belief
+from lasagna.policy.beliefs import Belief, carried_s
 from lasagna.policy.cluster import Cluster, Part, Server, is_chain
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging
@@ -137,6 +138,45 @@ def test_a_server_that_is_slower_than_predicted_gets_less() -> None:
     balancer.handle(Reported(0.0, "a", 0.0, backlog_s=0.0, factor=3.0))
     count = Counter(servers_of(routed(balancer, n))[0] for n in range(40))
     assert count["b"] == pytest.approx(30, abs=2)
+
+
+@given(st.data())
+def test_no_other_chain_of_parts_ends_sooner(data: st.DataObject) -> None:
+    """The search leaves out what can't be better, and nothing else: whatever is busy, and when."""
+    seconds, names = st.floats(0.0, 0.2), ("a", "b", "c")
+    spans = data.draw(st.lists(st.sampled_from([(0, 4), (0, 2), (2, 4)]), min_size=3, max_size=9))
+    parts = {
+        Part("m", first, last, data.draw(st.sampled_from(names))): PartCosts(
+            0.01, data.draw(seconds), 100_000, 100_000, 0.0
+        )
+        for first, last in spans
+    }
+    balancer = Balancer(cluster(*map(server, names)), placement(parts))
+    for belief in balancer.servers.values():
+        for bucket in (belief.work, belief.down, belief.up):
+            bucket.fill(data.draw(st.floats(0.0, 0.4)), data.draw(seconds))
+    for share in balancer._shares.values():
+        share.fill(0.0, data.draw(seconds))
+    asked = Asked(0.1, 1, "m", 0.5)
+
+    def ends_s(chain: tuple[Part, ...]) -> float:
+        time_s, before = asked.at_s, None
+        for part in chain:
+            costs, belief = parts[part], balancer.servers[part.server]
+            time_s = carried_s(costs.in_bytes, time_s, before, belief)
+            held_s = balancer._shares[part].wait_s(asked.at_s)
+            time_s += max(belief.backlog_s(time_s), held_s) + belief.through_s(costs, 1)
+            before = belief
+        return carried_s(parts[chain[-1]].out_bytes, time_s, before, None)
+
+    pairs = [*((one,) for one in parts), *product(parts, parts)]
+    ends = {chain: ends_s(chain) for chain in pairs if is_chain(chain, 4)}
+    (command,) = balancer.handle(asked)
+    if ends:
+        assert isinstance(command, Dispatch)
+        assert ends[command.route] == pytest.approx(min(ends.values()))
+    else:
+        assert isinstance(command, Reject)
 
 
 def test_a_route_over_two_servers_is_taken_if_it_ends_first() -> None:

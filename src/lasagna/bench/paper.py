@@ -76,7 +76,7 @@ PARTLY: Final = (
     "least-outstanding",
     "power-of-two",
 )
-"""Policies that are Lasagna with one thing done otherwise: the placement, the servers, the routes."""
+"""Lasagna with one thing done otherwise: the placement, the servers or the routes."""
 WHOLE: Final = ("lasagna", "whole-model", "on-demand", "vanilla")
 LOADS: Final = (0.1, 0.5, 0.9, 1.2)
 SIZES: Final = (4, 8, 16)

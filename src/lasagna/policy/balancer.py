@@ -257,8 +257,9 @@ class Balancer:
 def _earliest(balancer: Balancer, network: _Network, event: Asked) -> Route | None:
     """The route that ends first, where shares are kept to.
 
-    Ties go to the part with more of the plan's flow. Labels are kept by the cut reached and the
-    server that holds it: where a request is decides what carrying it on costs.
+    Ties go to the last server with fewest requests of this balancer, then to the part with more of
+    the plan's flow. Labels are kept by the cut reached and the server that holds it: where a
+    request is decides what carrying it on costs.
     """
     reached: dict[tuple[int, str], tuple[float, Route]] = {(0, ""): (event.at_s, ())}
     best: tuple[tuple[float, int, float], Route] | None = None

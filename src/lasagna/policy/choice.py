@@ -8,7 +8,7 @@ from typing import Final
 
 from lasagna.policy.predictions import Predictions
 from lasagna.policy.stages import ROWS
-from lasagna.policy.state import NEVER, ModelState, Request, Running, StageState
+from lasagna.policy.state import NEVER, ModelState, Request, Runs, StageState
 
 TURNS: Final = 0.5
 """Share of the time that a request may take, for one pass: it waits for another one at worst."""
@@ -60,15 +60,17 @@ class Choice:
         return model.rests_s
 
     def backlog_s(
-        self, models: Iterable[ModelState], running: Iterable[Running], elapsed_s: float
+        self,
+        models: Iterable[ModelState],
+        running: Runs,
+        now_s: float,
     ) -> float:
         """Work of all rows that wait or run, in seconds of the whole server.
 
         Args:
             models: that are served.
-            running: runs, in order of their numbers.
-            elapsed_s: since a run began or ended: so long the runs of a gang have been under way,
-                at least, and as much of their work is done.
+            running: runs; those that have a lane each do its share of the server's work.
+            now_s: the time.
         """
         total = 0.0
         for model in models:
@@ -80,14 +82,12 @@ class Choice:
             for stage, rest_s in zip(model.stages, rests_s, strict=True):
                 inside += stage.waiting_rows * rest_s
             total += inside
-        under_way = 0.0
-        for number, (_, model, index, rows) in enumerate(running):
+        for number, (_, model, index, rows) in running.items():
             rests_s = model.rests_s or self.rests_s(model)
-            total += rows * rests_s[index]
-            if number < self._lanes:
-                after_s = rests_s[index + 1] if index + 1 < len(rests_s) else 0.0
-                under_way += rows * (rests_s[index] - after_s)
-        return total - min(under_way, elapsed_s)
+            after_s = rests_s[index + 1] if index + 1 < len(rests_s) else 0.0
+            done_s = max(0.0, now_s - running.began_s.get(number, now_s)) / self._lanes
+            total += rows * after_s + max(0.0, rows * (rests_s[index] - after_s) - done_s)
+        return total
 
     def _gather_s(self, model: ModelState, stage: StageState) -> float:
         """Seconds in which a full batch comes together, when the server does nothing else."""
@@ -106,15 +106,16 @@ class Choice:
             return stage.plan.rows
         return min(stage.plan.rows, self._most(model)[0])
 
-    def answer_s(self, model: ModelState, now_s: float, wait_s: float) -> float:
+    def answer_s(self, model: ModelState, now_s: float, wait_s: float, *, idle: bool) -> float:
         """When a request that comes in now would be answered: in a full batch, if it has to wait.
 
         Args:
             model: that it is for.
             now_s: the time.
             wait_s: seconds of work before it.
+            idle: whether nothing waits or runs; what runs longer than predicted has 0 s left.
         """
-        turn_s = self._most(model)[1] if wait_s > 0.0 else self.through_s(model, 0)
+        turn_s = self.through_s(model, 0) if idle else self._most(model)[1]
         return now_s + wait_s + turn_s
 
     def _most(self, model: ModelState) -> tuple[int, float]:

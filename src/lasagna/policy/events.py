@@ -7,7 +7,7 @@ Commands are what its driver has to do; the driver never refuses one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -158,7 +158,7 @@ class Rows(msgspec.Struct, frozen=True):
     request: int
     first: int
     count: int
-    since_s: float = field(default=0.0, compare=False)
+    since_s: float = 0.0
 
 
 class Run(msgspec.Struct, frozen=True):

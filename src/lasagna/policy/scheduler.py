@@ -57,7 +57,7 @@ from lasagna.policy.memory import require_fits
 from lasagna.policy.plan import MemoryPlan
 from lasagna.policy.predictions import PredictionErrors, Predictions
 from lasagna.policy.stages import Machine
-from lasagna.policy.state import ModelState, Phase, Request, Running, Settings, Step
+from lasagna.policy.state import ModelState, Phase, Request, Runs, Settings, Step
 from lasagna.policy.story import Stories
 
 DEATHS: Final = 2
@@ -80,9 +80,8 @@ class Scheduler:
         self._models: dict[str, ModelState] = {}
         self._forms: dict[str, Forms] = {}
         self._requests: dict[int, Request] = {}
-        self._running: dict[int, Running] = {}
+        self._running = Runs()
         self._runs = self._deaths = 0
-        self._since_s = 0.0  # when a run ended last, or began in an idle enclave
         self._arranger = Arranger(machine, settings.style)
         self._predictions = Predictions(machine)
         self._choice = Choice(self._predictions, settings.patience_s, in_order=settings.in_order)
@@ -165,7 +164,8 @@ class Scheduler:
         model.limited(deadline_s - event.at_s)
         if event.deadline_s is not None:
             wait_s = self.backlog_s(event.at_s)
-            if self._choice.answer_s(model, event.at_s, wait_s) > deadline_s:
+            idle = not self._running and not self._requests
+            if self._choice.answer_s(model, event.at_s, wait_s, idle=idle) > deadline_s:
                 reason = f"it would be answered after its deadline: {wait_s:.3g} s of work wait"
                 self._refuse(request, wait_s, reason, out)
                 return
@@ -200,7 +200,9 @@ class Scheduler:
     # Runs.
 
     def _ran(self, event: Ran, out: list[Command]) -> None:
-        run, model, index, rows = self._over(event)
+        run, model, index, rows = self._running.end(
+            event.run, event.at_s, self._arranger.machine.lanes
+        )
         stage = model.stages[index]
         if self._predictions.note(model, stage, rows, event):
             for one in self._models.values():
@@ -222,12 +224,10 @@ class Scheduler:
                     del self._requests[part.request]
                     out.append(Answer(part.request))
 
-    def _over(self, event: Ran | RunFailed) -> Running:
-        self._since_s = event.at_s
-        return self._running.pop(event.run)
-
     def _failed(self, event: RunFailed, out: list[Command]) -> None:
-        run, model, index, rows = self._over(event)
+        run, model, index, rows = self._running.end(
+            event.run, event.at_s, self._arranger.machine.lanes
+        )
         stage = model.stages[index]
         if index + 1 < len(model.stages):
             model.stages[index + 1].held -= rows
@@ -330,8 +330,7 @@ class Scheduler:
             for lane in range(lanes):
                 share = min(model.stages[index].plan.rows, -(-rows // (lanes - lane)))
                 if share:
-                    run = self._start(model, index, share, now_s)
-                    out.append(run)
+                    out.append(run := self._start(model, index, share, now_s))
                     rows -= self._running[run.run][3]
                     if self._deaths and self._exclusive(run.batch[0].request):
                         return
@@ -370,10 +369,9 @@ class Scheduler:
         if index + 1 < len(model.stages):
             model.stages[index + 1].held += rows - left
         self._runs += 1
-        if not self._running:
-            self._since_s = now_s
         run = Run(self._runs, model.name, stage.plan.first, stage.plan.last, tuple(batch))
-        self._running[run.run] = (run, model, index, rows - left)
+        running = run, model, index, rows - left
+        self._running.begin(running, now_s, self._arranger.machine.lanes)
         return run
 
     def _take(self, model: ModelState, index: int, limit: int, now_s: float) -> Rows:
@@ -394,5 +392,4 @@ class Scheduler:
 
     def backlog_s(self, now_s: float) -> float:
         """Work of all rows that wait or run, in seconds of the whole server from then on."""
-        elapsed_s = now_s - self._since_s
-        return self._choice.backlog_s(self._models.values(), self._running.values(), elapsed_s)
+        return self._choice.backlog_s(self._models.values(), self._running, now_s)

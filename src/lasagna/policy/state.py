@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
 from typing import Final, TypeAlias
 
 from lasagna.policy.costs import Correction, ModelCosts
@@ -228,8 +229,7 @@ class ModelState:
         for stage in stages:
             stage.visit_s.clear()
             stage.alone_s.clear()
-            stage.efficiency.clear()
-        self.most = self.row_s = self.rests_s = None
+        self._compare_anew()
         self.throughs_s.clear()
 
     def limited(self, limit_s: float) -> None:
@@ -237,9 +237,13 @@ class ModelState:
         limit_s = min(limit_s, RELAXED * self.limit_s)
         if limit_s != self.limit_s:
             self.limit_s = limit_s
-            for stage in self.stages:
-                stage.efficiency.clear()
-            self.most = self.row_s = self.rests_s = None
+            self._compare_anew()
+
+    def _compare_anew(self) -> None:
+        """Full batches may be others, and with them all that is reckoned against them."""
+        self.most = self.row_s = self.rests_s = None
+        for stage in self.stages:
+            stage.efficiency.clear()
 
     def divide(self, plan: MemoryPlan | None, load_rate: float) -> None:
         """Take the stages of a plan; only rows that wait to begin anew are carried over."""
@@ -274,3 +278,37 @@ class ModelState:
             stage.pinned = pinned
             stage.exposed_s.clear()
         self.learn(self.stages)
+
+
+class Runs(dict[int, Running]):
+    """Runs that have not ended, by number. They begin in that order, as many at once as lanes.
+
+    Attributes:
+        began_s: when those began that have a lane.
+    """
+
+    def __init__(self) -> None:
+        """None."""
+        super().__init__()
+        self.began_s: dict[int, float] = {}
+
+    def begin(self, running: Running, now_s: float, lanes: int) -> None:
+        """Another one, which begins now if a lane is free."""
+        self[running[0].run] = running
+        self._take_lanes(now_s, lanes)
+
+    def end(self, number: int, now_s: float, lanes: int) -> Running:
+        """One is over, and the first that has no lane begins."""
+        ended = self.pop(number)
+        self.began_s.pop(number, None)
+        self._take_lanes(now_s, lanes)
+        return ended
+
+    def clear(self) -> None:
+        """All are over."""
+        super().clear()
+        self.began_s.clear()
+
+    def _take_lanes(self, now_s: float, lanes: int) -> None:
+        for number in islice(self, lanes):
+            self.began_s.setdefault(number, now_s)
