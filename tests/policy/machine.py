@@ -90,7 +90,16 @@ def check(scheduler: Scheduler) -> None:
         if request.phase in (Phase.WAITING, Phase.AGAIN):
             assert untaken == request.facts.rows
             assert not any(part.request == number for run, *_ in running for part in run.batch)
+    lanes = scheduler._arranger.machine.lanes
     assert len(running) <= scheduler._arranger.machine.most_runs
+    assert set(scheduler._running.began_s) == set(list(scheduler._running)[:lanes])
+    visit_s = scheduler._predictions.visit_s
+    for model in scheduler._models.values():
+        for stage in model.stages:
+            full = scheduler._choice.full(model, stage)
+            for rows, kept in stage.efficiency.items():  # as if it were reckoned now
+                times = visit_s(model, stage, full) / visit_s(model, stage, -(-rows // lanes))
+                assert abs(kept - rows / (lanes * full) * times) < 1e-6
 
 
 @dataclass

@@ -214,7 +214,8 @@ def measure(case: Case) -> Cell:
             figures[name] = _simulate(case, rate, cluster, chosen, name, planner)
         except BudgetError:
             continue  # it can't serve this model with these servers
-    return Cell(case, most.throughput, _exceeds(forms), chosen.name, figures)
+    plan = f"{chosen.name}, servers divide memory for {chosen.aim}"
+    return Cell(case, most.throughput, _exceeds(forms), plan, figures)
 
 
 def _unloaded_s(cluster: Cluster, plan: Placement) -> float:
