@@ -98,8 +98,9 @@ def check(scheduler: Scheduler) -> None:
         for stage in model.stages:
             full = scheduler._choice.full(model, stage)
             for rows, kept in stage.efficiency.items():  # as if it were reckoned now
-                times = visit_s(model, stage, full) / visit_s(model, stage, -(-rows // lanes))
-                assert abs(kept - rows / (lanes * full) * times) < 1e-6
+                each = -(-rows // scheduler._choice._lanes)
+                times = visit_s(model, stage, full) / visit_s(model, stage, each)
+                assert abs(kept - rows / (scheduler._choice._lanes * full) * times) < 1e-6
 
 
 @dataclass
