@@ -51,7 +51,6 @@ def scenario(folder: Path, *lines: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # three models with plans of their own: minutes on a slow day
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_the_examples_run_and_no_request_is_lost(path: Path) -> None:
     """Every policy of every example: each request has ended in one way."""

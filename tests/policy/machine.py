@@ -93,14 +93,10 @@ def check(scheduler: Scheduler) -> None:
     lanes = scheduler._arranger.machine.lanes
     assert len(running) <= scheduler._arranger.machine.most_runs
     assert set(scheduler._running.began_s) == set(list(scheduler._running)[:lanes])
-    visit_s = scheduler._predictions.visit_s
     for model in scheduler._models.values():
         for stage in model.stages:
-            full = scheduler._choice.full(model, stage)
-            for rows, kept in stage.efficiency.items():  # as if it were reckoned now
-                each = -(-rows // scheduler._choice._lanes)
-                times = visit_s(model, stage, full) / visit_s(model, stage, each)
-                assert abs(kept - rows / (scheduler._choice._lanes * full) * times) < 1e-6
+            for rows, kept in stage.efficiency.items():
+                assert kept == scheduler._choice.efficiency(model, stage, rows)
 
 
 @dataclass
@@ -282,14 +278,18 @@ class Enclave:
         while self._ends:
             self.end_one()
 
-    def die(self) -> None:
-        """The enclave is lost, and another one comes."""
+    def lose(self) -> None:
+        """The enclave is lost."""
         self._queue.clear()
         self._ends.clear()
         self._at.clear()
         self.pinned.clear()
         self.known.clear()
         self.tell(EnclaveLost(self.now_s))
+
+    def die(self) -> None:
+        """The enclave is lost, and another one comes."""
+        self.lose()
         self.tell(EnclaveReady(self.now_s))
 
     def arrive(self, request: int, model: str, rows: int = 1, **facts: object) -> None:

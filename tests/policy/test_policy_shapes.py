@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tests.policy.machine import MACHINE, MB, enclave, linear
 
-from lasagna.policy.events import ModelAdded, ModelRemoved
+from lasagna.policy.events import EnclaveReady, ModelAdded, ModelRemoved
 from lasagna.policy.memory import divide_best
 from lasagna.policy.plan import Style
 from lasagna.policy.state import Settings
@@ -48,6 +48,20 @@ def test_an_enclave_keeps_the_shape_that_it_began_with_and_its_successor_is_free
     rig.arrive(41, "heavy")
     rig.drain()
     assert 41 in rig.answered
+
+
+def test_a_model_that_comes_between_two_enclaves_is_served_by_the_next() -> None:
+    """Also where the last one's shape has no room for it: the next does not take that shape."""
+    wide = linear([MB], [7 * MB], [0.001])
+    rig = enclave({"light": LIGHT}, replace(TWO, budget=20 * MB))
+    rig.lose()
+    rig.models["wide"] = wide
+    rig.tell(ModelAdded(rig.now_s, "wide", (wide,)))
+    rig.tell(EnclaveReady(rig.now_s))
+    for number, name in enumerate(("light", "wide"), 1):
+        rig.arrive(number, name)
+    rig.drain()
+    assert set(rig.answered) == {1, 2}
 
 
 @pytest.mark.parametrize("together", [False, True])

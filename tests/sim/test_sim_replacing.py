@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sim.cases import MACHINE, MB, cluster, load, model, placed, servers
+from tests.sim.cases import MACHINE, MB, cluster, everywhere, load, model, placed, servers
 
 from lasagna.policy.balancer_events import Ended, Replaced
 from lasagna.policy.cluster import Part
@@ -176,6 +176,19 @@ def test_a_part_without_room_is_not_added() -> None:
     assert not server.models
     server.take_epc(0, 0.1)
     assert server.add("b[0:6]", forms)
+
+
+def test_a_part_is_not_added_that_needs_another_way_to_share_the_work() -> None:
+    """Each of four threads has a batch, and no room for one of the new part's."""
+    lanes = replace(MACHINE, lanes=4, cores=4, budget=20 * MB)
+    described = cluster(servers(1, lanes), {"a": model(4, 0.02)})
+    run = VirtualCluster(described, everywhere(described), Options())
+    server, wide = run.servers["s0"], (replace(model(4, 0.02), running_bytes=(8 * MB,) * 4),)
+    run.clock.run(until_s=1.0)
+    assert not server.add("b[0:4]", wide)
+    assert set(server.models) == {"a[0:4]"}
+    server.take_epc(0, 0.1)  # its next enclave may take another shape
+    assert server.add("b[0:4]", wide)
 
 
 def test_an_enclave_that_does_not_run_does_not_die() -> None:

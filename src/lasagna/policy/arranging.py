@@ -120,9 +120,13 @@ class Arranger:
         self._stale = True
 
     def enclave_ready(self) -> None:
-        """An enclave runs, and has nothing."""
+        """An enclave runs, and has nothing. It takes the last plan's shape, if that is for these
+        models: another one may not have room for those that came meanwhile.
+        """
         self._become("EnclaveReady")
-        self._wanted = self._wanted or self.present
+        self._wanted = None if self._stale else self._wanted or self.present
+        if self._stale:
+            self.present = None
 
     def enclave_lost(self) -> None:
         """It is gone, with its pins and moves."""

@@ -59,12 +59,7 @@ class Choice:
             model.rests_s = list(accumulate(reversed(own_s)))[::-1]
         return model.rests_s
 
-    def backlog_s(
-        self,
-        models: Iterable[ModelState],
-        running: Runs,
-        now_s: float,
-    ) -> float:
+    def backlog_s(self, models: Iterable[ModelState], running: Runs, now_s: float) -> float:
         """Work of all rows that wait or run, in seconds of the whole server.
 
         Args:
@@ -195,6 +190,12 @@ class Choice:
                 return fewer
         return 1
 
+    def efficiency(self, model: ModelState, stage: StageState, rows: int) -> float:
+        """Share of a visit's time that its rows would need in full batches."""
+        full, each = self.full(model, stage), -(-rows // self._lanes)
+        full_s, each_s = self._visit_s(model, stage, full), self._visit_s(model, stage, each)
+        return round(rows / (self._lanes * full) * full_s / each_s, 6)
+
     def _rank(
         self,
         model: ModelState,
@@ -226,8 +227,5 @@ class Choice:
                 return (_URGENT, deadline_s)
         efficiency = stage.efficiency.get(rows)
         if efficiency is None:
-            full, each = self.full(model, stage), -(-rows // self._lanes)
-            full_s, each_s = self._visit_s(model, stage, full), self._visit_s(model, stage, each)
-            efficiency = round(rows / (self._lanes * full) * full_s / each_s, 6)
-            stage.efficiency[rows] = efficiency
+            efficiency = stage.efficiency[rows] = self.efficiency(model, stage, rows)
         return (_EFFICIENT, -efficiency, -index, behind, since_s)

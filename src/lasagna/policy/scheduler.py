@@ -26,6 +26,7 @@ and for those before it, once at each of its stages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, assert_never
 
 from lasagna.policy.arranging import Arranger
@@ -106,6 +107,14 @@ class Scheduler:
     def waiting_rows(self) -> int:
         """Rows outside the enclave."""
         return sum(model.outside.rows for model in self._models.values())
+
+    def require_fits(self, models: Mapping[str, Forms]) -> None:
+        """Check that these models fit together, in a shape that the enclave has or may take.
+
+        Raises:
+            BudgetError: they don't.
+        """
+        require_fits(models, self._arranger.shapes[-1], self._settings.style)
 
     def handle(self, event: Event) -> list[Command]:
         """Take note of a fact.
@@ -200,9 +209,7 @@ class Scheduler:
     # Runs.
 
     def _ran(self, event: Ran, out: list[Command]) -> None:
-        run, model, index, rows = self._running.end(
-            event.run, event.at_s, self._arranger.machine.lanes
-        )
+        run, model, index, rows = self._running.end(event.run, event.at_s)
         stage = model.stages[index]
         if self._predictions.note(model, stage, rows, event):
             for one in self._models.values():
@@ -225,9 +232,7 @@ class Scheduler:
                     out.append(Answer(part.request))
 
     def _failed(self, event: RunFailed, out: list[Command]) -> None:
-        run, model, index, rows = self._running.end(
-            event.run, event.at_s, self._arranger.machine.lanes
-        )
+        run, model, index, rows = self._running.end(event.run, event.at_s)
         stage = model.stages[index]
         if index + 1 < len(model.stages):
             model.stages[index + 1].held -= rows
@@ -279,7 +284,7 @@ class Scheduler:
     def _added(self, event: ModelAdded) -> None:
         assert event.model not in self._models
         forms = {**self._forms, event.model: event.forms}
-        require_fits(forms, self._arranger.shapes[-1], self._settings.style)
+        self.require_fits(forms)
         self._forms = forms
         outside = FairQueue(self._shares)
         self._models[event.model] = ModelState(event.model, event.forms[0], outside)
@@ -302,6 +307,7 @@ class Scheduler:
         for model in self._models.values():
             model.divide(self._arranger.present, self._machine.load_rate)
         self._predictions.machine = self._arranger.machine
+        self._running.lanes = self._arranger.machine.lanes
         self._choice.planned(self._models.values())
 
     # What runs next.
@@ -337,8 +343,8 @@ class Scheduler:
 
     def _inside(self) -> bool:
         """Whether the enclave has rows. Those that begin anew wait outside of it."""
-        held = any(stage.held for model in self._models.values() for stage in model.stages[1:])
-        return held or bool(self._running)
+        stages = (stage for model in self._models.values() for stage in model.stages[1:])
+        return bool(self._running) or any(stage.held for stage in stages)
 
     def _exclusive(self, number: int) -> bool:
         """Whether nothing may run beside this request: an enclave died with it before."""
@@ -370,8 +376,7 @@ class Scheduler:
             model.stages[index + 1].held += rows - left
         self._runs += 1
         run = Run(self._runs, model.name, stage.plan.first, stage.plan.last, tuple(batch))
-        running = run, model, index, rows - left
-        self._running.begin(running, now_s, self._arranger.machine.lanes)
+        self._running.begin((run, model, index, rows - left), now_s)
         return run
 
     def _take(self, model: ModelState, index: int, limit: int, now_s: float) -> Rows:

@@ -284,24 +284,26 @@ class Runs(dict[int, Running]):
     """Runs that have not ended, by number. They begin in that order, as many at once as lanes.
 
     Attributes:
+        lanes: of the plan in force.
         began_s: when those began that have a lane.
     """
 
     def __init__(self) -> None:
         """None."""
         super().__init__()
+        self.lanes = 1
         self.began_s: dict[int, float] = {}
 
-    def begin(self, running: Running, now_s: float, lanes: int) -> None:
+    def begin(self, running: Running, now_s: float) -> None:
         """Another one, which begins now if a lane is free."""
         self[running[0].run] = running
-        self._take_lanes(now_s, lanes)
+        self._take_lanes(now_s)
 
-    def end(self, number: int, now_s: float, lanes: int) -> Running:
+    def end(self, number: int, now_s: float) -> Running:
         """One is over, and the first that has no lane begins."""
         ended = self.pop(number)
         self.began_s.pop(number, None)
-        self._take_lanes(now_s, lanes)
+        self._take_lanes(now_s)
         return ended
 
     def clear(self) -> None:
@@ -309,6 +311,6 @@ class Runs(dict[int, Running]):
         super().clear()
         self.began_s.clear()
 
-    def _take_lanes(self, now_s: float, lanes: int) -> None:
-        for number in islice(self, lanes):
+    def _take_lanes(self, now_s: float) -> None:
+        for number in islice(self, self.lanes):
             self.began_s.setdefault(number, now_s)

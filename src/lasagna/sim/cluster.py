@@ -109,7 +109,6 @@ class VirtualCluster:
                 self.clock,
                 server,
                 forms_on(cluster.models, placement.on(server.name), server),
-                options.settings.style,
                 self._maker(server, planner, np.random.default_rng((seed, 1, number))),
                 self._left,
                 self._opened,

@@ -10,8 +10,6 @@ from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Part, Server
 from lasagna.policy.costs import Forms
 from lasagna.policy.events import Arrived, Cancelled, ModelAdded, ModelRemoved
-from lasagna.policy.memory import require_fits
-from lasagna.policy.plan import Style
 from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.clock import Clock
@@ -78,7 +76,6 @@ class VirtualServer:
         clock: Clock,
         server: Server,
         models: Mapping[str, Forms],
-        style: Style,
         make: MakeEnclave,
         left: Callable[[VirtualServer, Flow, End], None],
         opened: Callable[[VirtualServer], None],
@@ -89,7 +86,6 @@ class VirtualServer:
             clock: of everything that is simulated.
             server: what it has.
             models: of its parts; without any it idles.
-            style: in which its schedulers divide memory.
             make: makes an enclave.
             left: is told of each request that leaves, and how.
             opened: is told when an enclave takes runs, the first one and those after losses.
@@ -97,7 +93,6 @@ class VirtualServer:
         self._clock = clock
         self.server = server
         self.models = models
-        self._style = style
         self._make = make
         self._left = left
         self._was_opened = opened
@@ -189,9 +184,9 @@ class VirtualServer:
         return True
 
     def _fit(self, models: Mapping[str, Forms]) -> bool:
-        """Whether its scheduler takes all of them, with the memory that it has now."""
+        """Whether its scheduler takes all of them, as its enclave is now."""
         try:
-            require_fits(models, self._style.shapes(self.machine)[-1], self._style)
+            self.enclave.scheduler.require_fits(models)
         except BudgetError:
             return False
         return True
@@ -238,16 +233,18 @@ class VirtualServer:
             pause_s: until it starts again.
         """
         self.taken_bytes = taken_bytes
+        runs = self.alive or self._started
+        if runs:
+            self.lose()
+        else:  # it is to return at another time, or never
+            self._renew()
         fitting: dict[str, Forms] = {}
         for key, forms in self.models.items():
             if self._fit({**fitting, key: forms}):
                 fitting[key] = forms
         self.models = fitting
-        if self.alive or self._started:
-            self.lose()
+        if runs:
             self.return_after(pause_s)
-        else:  # it is to return at another time, or never
-            self._renew()
 
     def die(self, restart_s: float) -> None:
         """Its enclave is lost, if it runs one, and there is another after so many seconds."""
