@@ -274,7 +274,8 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> Route | No
             held_s = share.level_s + share.at_s - now_s  # below 0 if nobody is before it
             through_s = belief.factor * (costs.through_s + (rows - 1) * costs.work_s)
             if best is not None:
-                work = belief.work  # who comes later waits less, and is not done sooner
+                # Who comes later waits less, and is not done sooner. Written out: asked most often.
+                work = belief.work
                 wait_s = work.level_s - max(0.0, first_s - work.at_s)
                 if first_s + max(0.0, wait_s, held_s) + through_s > best[0][0]:
                     continue  # no route through it ends sooner

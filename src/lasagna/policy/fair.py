@@ -111,10 +111,7 @@ class FairQueue:
 
     def behind(self) -> float:
         """Virtual time of the tenant whose turn it is; the least of all models' goes first."""
-        tenants = self._lines[max(self._lines) if len(self._lines) > 1 else next(iter(self._lines))]
-        if len(tenants) > 1:
-            return min(map(self._shares.behind, tenants))
-        return self._shares.behind(next(iter(tenants)))
+        return min(map(self._shares.behind, self._lines[max(self._lines)]))
 
     def oldest(self) -> Waiting | None:
         """Who has waited longest."""
