@@ -120,8 +120,9 @@ class Arranger:
         self._stale = True
 
     def enclave_ready(self) -> None:
-        """An enclave runs, and has nothing. It takes the last plan's shape, if that is for these
-        models: another one may not have room for those that came meanwhile.
+        """An enclave runs, and has nothing: the last plan's division, unless models have changed.
+
+        In the shape of that there may be no room for those that came meanwhile.
         """
         self._become("EnclaveReady")
         self._wanted = None if self._stale else self._wanted or self.present
