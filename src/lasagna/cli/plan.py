@@ -161,6 +161,7 @@ def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mappin
             {
                 "plan": one.candidate.name,
                 "servers_work_for": one.candidate.aim,
+                "requests": one.requests,
                 "in_time": one.in_time,
                 "answers_per_s": one.throughput,
                 "mean_s": one.mean_s if math.isfinite(one.mean_s) else None,
@@ -281,12 +282,13 @@ def _model_table(cluster: Cluster, placement: Placement) -> Table:
 
 
 def _verdict_table(judged: Judged) -> Table:
-    table = _table("plan", "servers work for", "in time", "answers/s", "mean")
+    table = _table("plan", "servers work for", "requests", "in time", "answers/s", "mean")
     for one in judged.verdicts:
         style = "bold" if one.candidate is judged.best else ""
         table.add_row(
             Text(one.candidate.name, style=style),
             one.candidate.aim,
+            f"{one.requests:,}",
             f"{100 * one.in_time:.0f} %",
             f"{one.throughput:.3g}",
             _milliseconds(one.mean_s),

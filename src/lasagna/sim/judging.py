@@ -4,7 +4,8 @@ The planner's model reckons with full batches, and with queues of each server fo
 batches fill at a given load, and what routes make of that, only a simulation of the very schedulers
 and balancers shows. So a few plans of different kinds are each given the same requests, and the
 best of them is taken. Whole models on every server are among them: no plan is taken that loses to
-that.
+that. Those that come close to the best have a run-off with other and more requests: what is best of
+a dozen in a short simulation has had luck, too.
 """
 
 from __future__ import annotations
@@ -52,10 +53,16 @@ WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
 MARGIN: Final = 0.04
 """By which a plan must be better than a simpler one: less may be chance."""
+CLOSE: Final = 0.3
+"""By which the best must be better than another in a short simulation, for that to be out."""
+LONG: Final = 5
+"""Times as many requests in the run-off."""
 SHARES: Final = (0.4, 1.0)
 """Of the time, at which the search for one plan, and for the other, is over."""
 JUDGING: Final = 2.0
-"""Times the search's time, after which no other simulation begins."""
+"""Times the search's time, after which no other short simulation begins."""
+RUN_OFF: Final = 3.0
+"""Times the search's time, after which no other long one begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +91,27 @@ class Verdict:
 
     Attributes:
         candidate: it.
+        requests: that it was given. Verdicts on as many are comparable.
         in_time: share of the requests that were answered within their limits.
         throughput: answers a second.
         mean_s: of an answer.
     """
 
     candidate: Candidate
+    requests: int
     in_time: float
     throughput: float
     mean_s: float
 
     def beats(self, other: Verdict, objective: Objective) -> bool:
         """Whether it is better; than another placement, by more than chance."""
-        margin = 0.0 if self.candidate.placement is other.candidate.placement else MARGIN
+        same = self.candidate.placement is other.candidate.placement
+        return self.leads(other, objective, 0.0 if same else MARGIN)
+
+    def leads(self, other: Verdict, objective: Objective, margin: float) -> bool:
+        """Whether it is better by more than a share of the larger of both figures."""
         if objective == "throughput":
-            return self.throughput > (1 + margin) * other.throughput
+            return (1 - margin) * self.throughput > other.throughput
         if abs(self.in_time - other.in_time) > margin * max(self.in_time, other.in_time):
             return self.in_time > other.in_time
         return self.mean_s < (1 - margin) * other.mean_s
@@ -110,7 +123,8 @@ class Judged:
 
     Attributes:
         best: of them.
-        verdicts: on those that were simulated, simple ones first; none if there was no time.
+        verdicts: on those that were simulated, simple ones first; the last one where there was a
+            run-off.
     """
 
     best: Candidate
@@ -133,8 +147,9 @@ def plan_judged(
 
     Args:
         cluster: servers, models and the expected load.
-        options: of the search. Simulations come on top, for as long again; whole models and the
-            plan for the objective are simulated however long that takes.
+        options: of the search. Simulations come on top, for as long again, and half as long for
+            the run-off; whole models and the plan for the objective are simulated once however
+            long that takes.
         clock: seconds of a steady clock.
         seed: of the requests.
         planner: to share divisions of memory with other simulations.
@@ -144,24 +159,29 @@ def plan_judged(
         BudgetError: as of ``policy.placement.plan_cluster``.
     """
     options = options or PlanOptions()
-    until_s = clock() + JUDGING * options.time_limit_s
+    begin_s = clock()
     found = candidates(cluster, options, clock)
-    planner = planner or Planner()
-    scale = 1.0
-    if options.objective == "throughput":
-        scale = OVERLOAD * max(one.placement.scale for one in found)
+    judge = _Judge(cluster, options.objective, found, seed, planner or Planner(), admission)
     known: dict[int, Verdict] = {}
     for turn, number in enumerate(_promising(found, options.objective)):
-        if turn > 1 and clock() > until_s:
+        if turn > 1 and clock() > begin_s + JUDGING * options.time_limit_s:
             break
-        one = found[number]
-        verdict = _verdict(cluster, one, scale, options.objective, seed, planner, admission)
+        verdict = judge.verdict(number)
         if verdict is not None:
             known[number] = verdict
     if not known:
         return Judged(found[-1], ())
-    verdicts = [known[number] for number in sorted(known)]
-    return Judged(best_of(verdicts, options.objective).candidate, tuple(verdicts))
+    again: dict[int, Verdict] = {}
+    for number in _finalists(known, options.objective):
+        if clock() > begin_s + RUN_OFF * options.time_limit_s:
+            break
+        verdict = judge.verdict(number, LONG)
+        if verdict is not None:
+            again[number] = verdict
+    last = again or known
+    best = best_of([last[number] for number in sorted(last)], options.objective)
+    known |= again
+    return Judged(best.candidate, tuple(known[number] for number in sorted(known)))
 
 
 def candidates(
@@ -228,36 +248,55 @@ def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
     return best
 
 
-def _verdict(
-    cluster: Cluster,
-    one: Candidate,
-    scale: float,
-    objective: Objective,
-    seed: int,
-    planner: Planner,
-    admission: bool,
-) -> Verdict | None:
-    """Simulate; None where a server's own planner finds no room for what it is given."""
-    rate = scale * sum(cluster.demand[name] for name in cluster.wanted)
-    span_s = max(SHORTEST_S, FEW / rate, min(LONGEST_S, REQUESTS / rate))
-    rng = np.random.default_rng((seed, 1))
-    load = requests(
-        np.random.default_rng((seed, 2)),
-        poisson(rng, rate),
-        {name: cluster.demand[name] for name in cluster.wanted},
-        until_s=span_s,
-        limits_s=dict(cluster.limits_s),
-    )
-    overloaded = objective == "throughput"
-    own = Options(
-        settings=roomy(one.style), admission=admission, report_s=max(REPORT_S, span_s / REPORTS)
-    )
-    try:
-        virtual = VirtualCluster(cluster, one.placement, own, seed=seed, planner=planner)
-        outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
-    except BudgetError:
-        return None
-    figures = outcome.requests.figures(since_s=0.0 if overloaded else WARM * span_s)
-    mean_s = figures.mean_s if math.isfinite(figures.mean_s) else float("inf")
-    in_time = (figures.answered - figures.late) / max(1, figures.count)
-    return Verdict(one, in_time, figures.throughput, mean_s)
+def _finalists(known: Mapping[int, Verdict], objective: Objective) -> list[int]:
+    """Numbers of those that the best doesn't leave far behind, it first; none if it is alone."""
+    best = best_of([known[number] for number in sorted(known)], objective)
+    close = [n for n in sorted(known) if not best.leads(known[n], objective, CLOSE)]
+    return sorted(close, key=lambda n: known[n] is not best) if len(close) > 1 else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Simulates candidates, each with the same requests."""
+
+    cluster: Cluster
+    objective: Objective
+    found: Sequence[Candidate]
+    seed: int
+    planner: Planner
+    admission: bool
+
+    def verdict(self, number: int, times: int = 1) -> Verdict | None:
+        """Of a simulation of so many times as long as a short one, with requests of its own.
+
+        None where a server's own planner finds no room for what it is given.
+        """
+        one, overloaded = self.found[number], self.objective == "throughput"
+        demand = {name: self.cluster.demand[name] for name in self.cluster.wanted}
+        rate = sum(demand.values())
+        if overloaded:
+            rate *= OVERLOAD * max(other.placement.scale for other in self.found)
+        span_s = max(SHORTEST_S, times * FEW / rate, times * min(LONGEST_S, REQUESTS / rate))
+        load = requests(
+            np.random.default_rng((self.seed, 2 * times)),
+            poisson(np.random.default_rng((self.seed, 2 * times - 1)), rate),
+            demand,
+            until_s=span_s,
+            limits_s=dict(self.cluster.limits_s),
+        )
+        own = Options(
+            settings=roomy(one.style),
+            admission=self.admission,
+            report_s=max(REPORT_S, span_s / REPORTS),
+        )
+        try:
+            virtual = VirtualCluster(
+                self.cluster, one.placement, own, seed=self.seed, planner=self.planner
+            )
+            outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
+        except BudgetError:
+            return None
+        figures = outcome.requests.figures(since_s=0.0 if overloaded else WARM * span_s)
+        mean_s = figures.mean_s if math.isfinite(figures.mean_s) else float("inf")
+        in_time = (figures.answered - figures.late) / max(1, figures.count)
+        return Verdict(one, figures.count, in_time, figures.throughput, mean_s)
