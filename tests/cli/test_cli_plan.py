@@ -67,7 +67,7 @@ def files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster, placement: Placement
 ) -> list[str]:
     """Arguments of the command, for which the hand-made cluster and placement are found."""
-    judged = Judged(Candidate("by hand", placement, "throughput"), ())
+    judged = Judged(Candidate("by hand", placement, "throughput"), (), placement)
     monkeypatch.setattr(plan_module, "_cluster", lambda *_: cluster)
     monkeypatch.setattr(plan_module, "_judged", lambda *_, **__: judged)
     monkeypatch.setenv("COLUMNS", "100")

@@ -204,6 +204,23 @@ def test_what_would_be_late_is_rejected_with_how_late() -> None:
     assert "'x'" in command.reason
 
 
+def test_nobody_is_refused_for_the_plans_rates() -> None:
+    """Server a is used far beyond its part's rate and has time; b alone would be too late."""
+    parts = {
+        Part("m", 0, 4, "a"): replace(WHOLE, work_s=0.02, rate=0.5),
+        Part("n", 0, 4, "a"): replace(WHOLE, work_s=0.02, rate=49.5),
+        Part("m", 0, 4, "b"): replace(WHOLE, through_s=0.8),
+    }
+    models = dict.fromkeys("mn", (COSTS,))
+    both = Cluster((server("a"), server("b")), models, {"m": 0.5, "n": 49.5})
+    balancer = Balancer(both, placement(parts))
+    assert servers_of(routed(balancer, 0)) == ["a"]
+    assert servers_of(routed(balancer, 1, now_s=0.1)) == ["b"], "a is kept for others"
+    (command,) = balancer.handle(Asked(0.1, 2, "m", 0.5, deadline_s=0.3))
+    assert isinstance(command, Dispatch)
+    assert servers_of(command) == ["a"]
+
+
 def test_requests_of_a_lost_server_begin_anew_elsewhere() -> None:
     """Nothing is lost: what was on it, or on its way, is sent anew; what had left is not."""
     balancer = two_wholes()
@@ -240,6 +257,24 @@ def test_another_placement_is_for_new_requests() -> None:
     before = balancer.servers[first].outstanding
     balancer.handle(Passed(0.1, 1, 0))
     assert balancer.servers[first].outstanding == before - 1
+
+
+def test_servers_and_models_may_come() -> None:
+    """What was believed of the others stays."""
+    balancer = two_wholes()
+    routed(balancer, 1)
+    before = balancer.servers["a"]
+    joined = Cluster(
+        (server("a"), server("c")), {"m": (COSTS,), "n": (COSTS,)}, {"m": 1.0, "n": 1.0}
+    )
+    parts = {Part("m", 0, 4, "a"): WHOLE, Part("n", 0, 4, "c"): WHOLE}
+    balancer.handle(Replaced(0.0, placement(parts), joined))
+    (command,) = balancer.handle(Asked(0.0, 2, "n", 0.5))
+    assert isinstance(command, Dispatch)
+    assert servers_of(command) == ["c"]
+    balancer.handle(Reported(0.1, "c", 0.1, 0.5, 1.0))
+    assert balancer.servers["c"].backlog_s(0.1) == pytest.approx(0.5)
+    assert balancer.servers["a"] is before
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

@@ -14,11 +14,11 @@ from lasagna.errors import BudgetError, UsageError
 from lasagna.policy.cluster import Cluster, Part, Server, is_chain, part_of, sliced
 from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
 from lasagna.policy.costs import ModelCosts
-from lasagna.policy.flow import Choice, chosen, fits, relaxed
+from lasagna.policy.flow import BUSY, Choice, chosen, fits, relaxed
 from lasagna.policy.memory import divide_best
 from lasagna.policy.placed import Placement, connected
 from lasagna.policy.placement import PlanOptions, plan_cluster
-from lasagna.policy.plan import Style
+from lasagna.policy.plan import OBJECTIVES, Style
 from lasagna.policy.promise import ceiling_of, lengths_of
 from lasagna.policy.stages import Machine
 
@@ -176,7 +176,66 @@ def test_latency_is_what_the_latency_objective_makes_small() -> None:
     fast = plan_cluster(given_, PlanOptions("latency", time_limit_s=1.0))
     much = plan_cluster(given_, QUICK)
     assert fast.latency_s["m"] <= much.latency_s["m"] + 1e-9
-    assert much.scale >= fast.scale
+    assert much.scale >= fast.scale * (1 - 1e-6)
+
+
+def test_a_plan_for_latency_says_what_its_parts_can_carry() -> None:
+    """Rates are the demand's; the scale is at what the one server works all the time."""
+    given_ = cluster([server("a")], {"m": linear([MB], [1000], [0.01])}, rate=2.0)
+    plan = plan_cluster(given_, PlanOptions("latency", time_limit_s=1.0))
+    (costs,) = plan.parts.values()
+    assert costs.rate == pytest.approx(2.0)
+    assert plan.scale == pytest.approx(1 / (2.0 * costs.work_s))
+    assert plan.throughput == pytest.approx(1 / costs.work_s)
+    assert plan.bottleneck == "a's processors"
+
+
+def test_the_mean_latency_is_of_requests_not_of_models() -> None:
+    """A model that is asked for nine times as often counts nine times as much."""
+    quick, slow = linear([MB], [1000], [0.001]), linear([MB], [1000], [0.02])
+    models = {"quick": quick, "slow": slow}
+    given_ = replace(cluster([server("a")], models), demand={"quick": 9.0, "slow": 1.0})
+    for objective in OBJECTIVES:
+        plan = plan_cluster(given_, PlanOptions(objective, time_limit_s=1.0))
+        mean_s = 0.9 * plan.latency_s["quick"] + 0.1 * plan.latency_s["slow"]
+        assert plan.mean_s == pytest.approx(mean_s)
+
+
+def test_a_demand_that_nobody_can_serve_has_no_latency_and_no_bound_on_it() -> None:
+    """Then the plan is one for throughput, with its bound."""
+    given_ = cluster([server("a")], {"m": two_faced()}, rate=1000.0)
+    fast = plan_cluster(given_, PlanOptions("latency", time_limit_s=1.0, settled=False))
+    assert fast.mean_s == float("inf")
+    assert (fast.latency_bound, fast.latency_gap) == (None, 0.0)
+    assert fast.scale <= fast.bound.value * (1 + 1e-6) < 1
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(clusters(), st.floats(0.01, 30.0))
+def test_no_plan_is_faster_than_the_bound(given_: Cluster, rate: float) -> None:
+    """Neither the exact one, nor the quick one, nor what servers' own planners make of it."""
+    given_ = replace(given_, demand=dict.fromkeys(given_.models, rate))
+    ways = [PlanOptions("latency", 1.0, settled=settled) for settled in (False, True)]
+    if len(given_.servers) < 3:
+        ways.append(PlanOptions("latency", exact=True))
+    for options in ways:
+        try:
+            plan = plan_cluster(given_, options)
+        except BudgetError:
+            continue
+        if plan.latency_bound is None:
+            assert plan.scale < 1 / BUSY or options.settled
+            continue
+        assert plan.latency_bound.value > 0
+        assert plan.latency_gap >= -1e-6
+        if plan.mean_s < float("inf"):
+            assert plan.scale >= 1
+            assert plan.scale <= plan.bound.value * (1 + 1e-6)
+
+
+def test_plans_for_throughput_have_no_bound_on_latency() -> None:
+    plan = plan_cluster(cluster([server("a")], {"m": two_faced()}), QUICK)
+    assert (plan.latency_bound, plan.latency_gap) == (None, 0.0)
 
 
 def test_limits_on_latency_are_kept_or_refused() -> None:

@@ -70,6 +70,17 @@ def test_a_bound_is_never_below_what_is_promised() -> None:
     assert plan.scale <= plan.ceiling.value
 
 
+def test_a_bound_on_latency_is_never_above_what_is_promised() -> None:
+    """The same model, in one piece: quicker than any columns are."""
+    options = replace(QUICK, objective="latency")
+    columns = plan_cluster(two_servers(), replace(options, settled=False)).latency_bound
+    plan = plan_cluster(two_servers(), options)
+    assert plan.latency_bound is not None
+    assert columns is not None
+    assert plan.latency_bound.value <= min(plan.mean_s, columns.value)
+    assert plan.latency_gap >= 0
+
+
 def test_without_time_the_plan_is_what_columns_promise() -> None:
     given_ = two_servers()
     columns = plan_cluster(given_, replace(QUICK, settled=False))

@@ -22,7 +22,7 @@ from lasagna.policy.plan import Style
 from lasagna.policy.state import Settings
 from lasagna.sim.arrivals import Arrival, merge
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.metrics import Fate
+from lasagna.sim.metrics import Fate, Requests
 from lasagna.sim.options import EnclaveDies, EpcTaken, Options, ServerDies, ServerSlows, Trouble
 from lasagna.sim.planner import Planner
 
@@ -333,6 +333,20 @@ def test_figures_are_of_what_ended() -> None:
     assert 0 < server.utilisation < 1
     assert 0 < server.in_share < 1
     assert server.loads_per_task > 0
+
+
+def test_rates_of_a_model_end_with_its_own_requests() -> None:
+    """Another one may be overloaded until the simulation is over; who is himself has that time."""
+    ended = Requests()
+    for second in range(10):
+        ended.end("a", Fate.ANSWERED, second + 0.5, second + 1.0)
+        ended.end("b", Fate.LATE, second + 0.5, second + 1.0)
+    ended.end("b", Fate.UNFINISHED, 9.5, 100.0)
+    assert ended.figures("a").throughput == ended.figures("a").goodput == 1.0
+    assert ended.figures("a", since_s=5.0).throughput == 1.0
+    assert ended.figures("b").throughput == 0.1
+    assert ended.figures().throughput == 0.2
+    assert ended.figures("nobody").throughput == 0.0
 
 
 @settings(max_examples=10, deadline=None)

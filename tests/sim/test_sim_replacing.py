@@ -15,6 +15,7 @@ from lasagna.policy.balancer_events import Ended, Replaced
 from lasagna.policy.cluster import Part
 from lasagna.policy.placement import PlanOptions
 from lasagna.policy.state import Settings
+from lasagna.sim.arrivals import merge
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Outcome
 from lasagna.sim.options import EpcTaken, Options, ServerDies, ServerSlows, Trouble
@@ -237,6 +238,46 @@ def test_a_model_that_is_asked_for_all_at_once_gets_a_place() -> None:
     refused = outcome.requests.figures("b")
     assert 0 < refused.refused < refused.count / 3
     assert outcome.requests.figures("b", since_s=15.0).refused == 0
+
+
+def test_a_model_without_a_place_gets_one_however_few_ask_for_it() -> None:
+    """A twentieth is no other mix, but without a place all of it would be rejected for ever."""
+    given = replace(THREE, demand={"a": 20.0, "b": 0.0})
+    only_a = placed(THREE, [Part("a", 0, 4, f"s{n}") for n in range(3)])
+    run = VirtualCluster(given, only_a, replace(OPTIONS, replanning=replace(HOW, mix_s=2.0)))
+    few = [one for n, one in enumerate(load(1, 2.0, 30.0, "b")) if one.at_s > 5.0 and n % 2]
+    outcome = run.run(merge(load(2, 20.0, 30.0, "a"), few))
+    assert outcome.moves.applied == 1
+    assert outcome.requests.figures("b", since_s=15.0).refused == 0
+    assert outcome.requests.figures("b", since_s=15.0).answered > 5
+    assert outcome.requests.figures("a").refused == 0
+
+
+def test_a_model_that_nobody_asks_for_leaves_where_there_is_no_room_for_both() -> None:
+    """One has activations, the other weights, that take most of the memory; then the reverse."""
+    wide = replace(model(4, 0.01), running_bytes=(40 * MB,) * 4)
+    one = cluster(servers(1), {"a": wide, "b": model(2, 0.01, weight=40 * MB)})
+    only_a = placed(one, [Part("a", 0, 4, "s0")])
+    options = replace(OPTIONS, replanning=replace(HOW, mix_s=2.0))
+    run = VirtualCluster(replace(one, demand={"a": 20.0, "b": 0.0}), only_a, options)
+    turns = [x for x in load(1, 40.0, 60.0, "a", "b") if (x.model == "b") == (10 < x.at_s < 35)]
+    outcome = run.run(turns)
+    assert outcome.moves.applied == 2
+    assert {part.model for part in run.balancers[0].placement.parts} == {"a"}
+    assert outcome.requests.figures("b").answered > 200
+    assert outcome.requests.figures("b", since_s=22.0).refused == 0
+    assert outcome.requests.figures("a", since_s=47.0).refused == 0
+
+
+def test_a_server_that_joins_gets_parts_and_requests() -> None:
+    """It is not there at first, and is worth its moves: the load is more than the others carry."""
+    given = replace(THREE, demand={"a": 50.0, "b": 50.0})
+    troubles = [ServerDies(0.0, "s2", 4.0)]
+    run = VirtualCluster(given, APART, OPTIONS, planner=PLANNER)
+    outcome = run.run(load(1, 80.0, 20.0, "a", "b"), troubles)
+    assert run.balancers[0].placement.on("s2")
+    assert outcome.servers["s2"].runs > 100
+    assert outcome.requests.figures().answered == outcome.requests.figures().count
 
 
 def test_the_mix_that_was_planned_for_moves_nothing() -> None:

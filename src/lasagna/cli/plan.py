@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -27,7 +28,7 @@ from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
 from lasagna.policy.plan import Objective, objective_named
-from lasagna.sim.judging import Candidate, Judged, plan_judged
+from lasagna.sim.judging import EARLIEST, Candidate, Judged, plan_judged, promised
 from lasagna.units import format_bytes
 
 FORMAT: Final = 1
@@ -130,9 +131,11 @@ def _judged(
     options = PlanOptions(objective=objective, time_limit_s=time_limit_s)
     with silent_library():
         if simulate:
-            return plan_judged(cluster, options, clock=time.monotonic)
+            judged = plan_judged(cluster, options, clock=time.monotonic)
+            promise = promised(cluster, judged, objective)
+            return replace(judged, best=replace(judged.best, placement=promise))
         placement = plan_cluster(cluster, options, clock=time.monotonic)
-    return Judged(Candidate(f"plan for {objective}", placement, objective), ())
+    return Judged(Candidate(f"plan for {objective}", placement, objective), (), placement)
 
 
 @contextmanager
@@ -157,12 +160,15 @@ def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mappin
         "format": FORMAT,
         "plan": judged.best.name,
         "servers_work_for": judged.best.aim,
+        "routes": judged.best.rule,
         "simulated": [
             {
                 "plan": one.candidate.name,
                 "servers_work_for": one.candidate.aim,
+                "routes": one.candidate.rule,
                 "requests": one.requests,
                 "in_time": one.in_time,
+                "carried": one.carried,
                 "answers_per_s": one.throughput,
                 "mean_s": one.mean_s if math.isfinite(one.mean_s) else None,
             }
@@ -180,6 +186,10 @@ def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mappin
         "bound": {"scale": bound.value, "how": bound.how},
         "ceiling": {"scale": ceiling.value, "how": ceiling.how},
         "gap": placement.gap,
+        "mean_s": placement.mean_s if math.isfinite(placement.mean_s) else None,
+        "latency_bound": None
+        if placement.latency_bound is None
+        else {"mean_s": placement.latency_bound.value, "how": placement.latency_bound.how},
         "servers": [_server_report(lane) for lane in lanes],
     }
 
@@ -240,6 +250,8 @@ def _show(console: Console, cluster: Cluster, judged: Judged, lanes: Sequence[La
     console.print()
     console.print(_model_table(cluster, placement))
     if judged.verdicts:
+        if judged.best.rule != EARLIEST:
+            console.print(f"\nRoutes: {judged.best.rule}", highlight=False)
         console.print()
         console.print(_verdict_table(judged))
 
@@ -283,11 +295,14 @@ def _model_table(cluster: Cluster, placement: Placement) -> Table:
 
 def _verdict_table(judged: Judged) -> Table:
     table = _table("plan", "servers work for", "requests", "in time", "answers/s", "mean")
+    best = judged.best
     for one in judged.verdicts:
-        style = "bold" if one.candidate is judged.best else ""
+        own = one.candidate
+        taken = (own.name, own.aim, own.rule) == (best.name, best.aim, best.rule)
+        name = own.name if own.rule == EARLIEST else f"  {own.rule}"
         table.add_row(
-            Text(one.candidate.name, style=style),
-            one.candidate.aim,
+            Text(name, style="bold" if taken else ""),
+            own.aim,
             f"{one.requests:,}",
             f"{100 * one.in_time:.0f} %",
             f"{one.throughput:.3g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -121,12 +122,20 @@ def subtitles(cluster: Cluster, placement: Placement) -> list[str]:
     """What limits a plan, and how good it is."""
     demand = sum(cluster.demand[name] for name in cluster.wanted)
     bound, ceiling = placement.bound, placement.ceiling
-    return [
+    lines = [
         f"Bottleneck: {plain(placement.bottleneck)}.  "
         f"Bound: {bound.value * demand:.3g} requests/s, "
         f"{bound.value:.3g} times the demand ({bound.how});  gap {gap_of(placement)}",
         f"Ceiling: {ceiling.value * demand:.3g} requests/s ({ceiling.how})",
     ]
+    fastest = placement.latency_bound
+    if fastest is not None and math.isfinite(placement.mean_s):
+        lines.append(
+            f"Mean latency at the demand: {1000 * placement.mean_s:.3g} ms.  Bound: "
+            f"{1000 * fastest.value:.3g} ms ({fastest.how});  "
+            f"gap {100 * max(0.0, placement.latency_gap):.1f} %"
+        )
+    return lines
 
 
 def gap_of(placement: Placement) -> str:

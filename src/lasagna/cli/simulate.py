@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -20,16 +21,20 @@ from rich.text import Text
 from lasagna.cli.plan import silent_library, write_file
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
-from lasagna.errors import LasagnaError
+from lasagna.errors import LasagnaError, UsageError
+from lasagna.policy.plan import Style
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.judging import Candidate, plan_judged
-from lasagna.sim.metrics import Outcome
+from lasagna.sim.judging import STYLES, Candidate, plan_judged
+from lasagna.sim.metrics import Figures, Outcome
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
 from lasagna.sim.policies import Prepared, prepared, roomy
 from lasagna.tee.epc_profiles import profile
 from lasagna.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT: Final = 1
 PAGING: Final = profile("sgx1-128")
@@ -52,81 +57,110 @@ def simulate(
     Everything it prints is simulated, from the profiles of the models; nothing is served.
     """
     scenario = read_scenario(path)
+    _check_files(out, png)
     console = Console(stderr=True)
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("planning", total=None)
         planner = Planner()
-        chosen, throughput = _plan(scenario, planner)
+        chosen, other, throughput = _plan(scenario, planner)
         bar.remove_task(task)
-        outcomes = _outcomes(scenario, chosen, throughput, planner, bar)
+        outcomes = _outcomes(scenario, chosen, other, throughput, planner, bar)
     report = msgspec.json.format(
         msgspec.json.encode(_report(scenario, chosen, throughput, outcomes))
     )
-    if out:
-        write_file(out, report)
-    if png:
-        _draw(scenario, outcomes).savefig(png, dpi=120)
-    for file in filter(None, (out, png)):
-        typer.echo(f"wrote {file}", err=True)
     if json_:
         typer.echo(report.decode())
     else:
         _show(Console(), scenario, chosen, throughput, outcomes)
+    if out:
+        write_file(out, report)
+        typer.echo(f"wrote {out}", err=True)
+    if png:
+        _write_png(scenario, outcomes, png)
+        typer.echo(f"wrote {png}", err=True)
 
 
-def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, float]:
-    """The plan that Lasagna runs; and requests a second that the most throughput is."""
+def _check_files(out: Path | None, png: Path | None) -> None:
+    """Simulations may take minutes: what can't be written is said before."""
+    for file in filter(None, (out, png)):
+        if file.is_dir():
+            raise UsageError(f"can't write {file}: it is a folder")
+        if not file.parent.is_dir():
+            raise UsageError(f"can't write {file}: there is no folder {file.parent}")
+    if png:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        endings = sorted(FigureCanvasBase.get_supported_filetypes())
+        if _ending(png) not in endings:
+            raise UsageError(f"can't draw {png}: it must end with one of {', '.join(endings)}")
+
+
+def _ending(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
+
+
+def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, Style, float]:
+    """The plan that Lasagna runs; in which style others divide memory; most requests a second."""
     from lasagna.policy.placement import plan_cluster  # with a solver of some size
-    from lasagna.policy.replan import kept
 
     cluster, options = scenario.cluster, scenario.plan
     with silent_library():
         plan = plan_cluster(cluster, options, clock=time.monotonic)
         throughput = plan.throughput
-        if options.objective == "latency":  # planned for the demand, and sustains more
-            _, most = kept(cluster, plan.parts)
-            throughput = plan.throughput if most is None else most.throughput
         if not scenario.settings.plan.simulate:
-            return Candidate(f"plan for {options.objective}", plan, options.objective), throughput
-        scale = 1.0
-        if scenario.settings.arrivals.kind != "recorded":
-            scale = scenario.rate(throughput) / sum(cluster.demand.values())
+            plain = Candidate(f"plan for {options.objective}", plan, options.objective)
+            return plain, plain.style, throughput
+        scale = scenario.rate(throughput) / sum(cluster.demand.values())
         demand = {name: scale * rate for name, rate in cluster.demand.items()}
+        if scenario.settings.arrivals.kind == "recorded":
+            asked = Counter(one.model for one in scenario.arrivals(throughput))
+            if asked:
+                demand = {name: asked[name] / scenario.settings.seconds for name in cluster.models}
         judged = plan_judged(
             replace(cluster, demand=demand),
             replace(options, objective="latency"),
             clock=time.monotonic,
             seed=scenario.settings.seed,
             planner=planner,
-            admission=scenario.settings.admission,
+            run=_run_options(scenario),
         )
-    return judged.best, throughput
+    return judged.best, STYLES[judged.aim_of_whole_models("latency")], throughput
 
 
-def _outcomes(
-    scenario: Scenario, chosen: Candidate, throughput: float, planner: Planner, bar: Progress
-) -> dict[str, Outcome]:
-    costs = PAGING.costs()
-    page_s = (costs.load_ns + costs.evict_ns) / 1e9
+def _run_options(scenario: Scenario) -> Options:
     settings = scenario.settings
-    options = Options(
+    return Options(
         balancers=settings.balancers,
-        settings=roomy(chosen.style),
         admission=settings.admission,
         report_s=settings.report_ms / 1000,
         detect_s=settings.detect_ms / 1000,
         noise=settings.noise,
-        replanning=scenario.replanning,
     )
+
+
+def _outcomes(
+    scenario: Scenario,
+    chosen: Candidate,
+    other: Style,
+    throughput: float,
+    planner: Planner,
+    bar: Progress,
+) -> dict[str, Outcome]:
+    costs = PAGING.costs()
+    page_s = (costs.load_ns + costs.evict_ns) / 1e9
+    options = replace(_run_options(scenario), rule=chosen.rule, replanning=scenario.replanning)
     outcomes: dict[str, Outcome] = {}
     for policy in scenario.policies:
         with silent_library():
             try:
-                ready = prepared(policy, scenario.cluster, chosen.placement, options, page_s)
+                # The chosen style may suit the plan only: others are not to be worse for it.
+                style = chosen.style if policy.placed == "plan" else other
+                own = replace(options, settings=roomy(style))
+                ready = prepared(policy, scenario.cluster, chosen.placement, own, page_s)
             except LasagnaError as error:
                 raise type(error)(f"{policy.name}: {error}") from None
-        task = bar.add_task(policy.name, total=settings.seconds)
+        task = bar.add_task(policy.name, total=scenario.settings.seconds)
         outcomes[policy.name] = _run(scenario, throughput, ready, planner, bar, task)
     return outcomes
 
@@ -164,6 +198,7 @@ def _report(
         "scenario": msgspec.to_builtins(scenario.settings),
         "plan": chosen.name,
         "servers_work_for": chosen.aim,
+        "routes": chosen.rule,
         "planned_requests_per_s": throughput,
         "policies": {
             name: {
@@ -197,26 +232,11 @@ def _show(
     head = f"Simulated: {settings.seconds:g} s of {settings.arrivals.kind} arrivals{at}"
     console.print(Text(f"{head}; a plan can have {throughput:.3g}/s", style="bold"))
     console.print(
-        f"Lasagna has: {chosen.name}, servers' memory divided for {chosen.aim}", highlight=False
+        f"Lasagna has: {chosen.name}, servers' memory divided for {chosen.aim}, "
+        f"routes: {chosen.rule}",
+        highlight=False,
     )
-    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for heading in ("policy", "answers/s", "in time", "refused", "mean", "p50", "p99", "busiest"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    for name, outcome in outcomes.items():
-        figures = outcome.requests.figures(since_s=settings.warm_up_s)
-        busiest = max(outcome.servers, key=lambda one: outcome.servers[one].utilisation)
-        share = outcome.servers[busiest].utilisation
-        table.add_row(
-            name,
-            f"{figures.throughput:.3g}",
-            f"{100 * figures.goodput / max(figures.throughput, 1e-12):.0f} %",
-            f"{figures.refused:,}",
-            _seconds(figures.mean_s),
-            _seconds(figures.p50_s),
-            _seconds(figures.p99_s),
-            f"{plain(busiest)} {100 * share:.0f} %",
-        )
-    console.print(table)
+    console.print(_table(console, outcomes, settings.warm_up_s))
     for name, outcome in outcomes.items():
         moves = outcome.moves
         if moves.looked:
@@ -227,13 +247,72 @@ def _show(
             )
 
 
+def _table(console: Console, outcomes: Mapping[str, Outcome], since_s: float) -> Table:
+    every = {name: one.requests.figures(since_s=since_s) for name, one in outcomes.items()}
+    left = any(map(_left, every.values()))
+    table = Table(header_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    headings = ("policy", "answers/s", "in time", "refused", *(("undone",) if left else ()))
+    for heading in (*headings, "mean", "p50", "p99", "busiest"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, figures in every.items():
+        servers = outcomes[name].servers
+        busiest = max(servers, key=lambda one: servers[one].utilisation)
+        table.add_row(
+            name,
+            f"{figures.throughput:.3g}",
+            _in_time(figures),
+            f"{figures.refused:,}",
+            *((f"{_left(figures):,}",) if left else ()),
+            _seconds(figures.mean_s),
+            _seconds(figures.p50_s),
+            _seconds(figures.p99_s),
+            Text(f"{plain(busiest)} {100 * servers[busiest].utilisation:.0f} %"),
+        )
+    if left:
+        table.caption = "undone: unfinished when the simulation was over, or given up"
+    unbounded = console.options.update(max_width=1000)
+    if console.measure(table, options=unbounded).maximum > console.width:
+        table.padding = (0, 1, 0, 0)
+    return table
+
+
+def _in_time(figures: Figures) -> str:
+    """Of all requests, as `lasagna plan --simulate` has it: who answers few is not in time."""
+    if not figures.count:
+        return "-"
+    return f"{100 * (figures.answered - figures.late) / figures.count:.0f} %"
+
+
+def _left(figures: Figures) -> int:
+    return figures.unfinished + figures.given_up
+
+
 def _seconds(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "-"
     return f"{1000 * seconds:.0f} ms" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _draw(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Figure:
+def _write_png(scenario: Scenario, outcomes: Mapping[str, Outcome], path: Path) -> None:
+    """Draw into a file, whose ending chooses the format. Names are text, never formulas.
+
+    Raises:
+        UsageError: the file can't be written.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure = _figure(scenario, outcomes)
+        try:
+            figure.savefig(path, dpi=120, format=_ending(path))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"can't draw {path}: {error}") from None
+
+
+def _figure(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, outcome in outcomes.items():
@@ -246,6 +325,7 @@ def _draw(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Figure:
     axes.set_ylabel("share of answered requests")
     axes.set_ylim(0, 1)
     axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.set_title(plain(f"{scenario.path.stem}: the same requests for each policy"))
     return figure

@@ -44,7 +44,8 @@ from lasagna.policy.placed import PartCosts, Placement, connected
 
 COMPARED: Final = 16
 """Parts at one cut, beyond which only so many of them are looked at, others for each request. Two
-that are drawn at random are nearly as good as all (Mitzenmacher, 2001)."""
+that are drawn at random are nearly as good as all (Mitzenmacher, 2001). With 8 requests take 3 %
+longer at the mean and 13 % at the 99th percentile (40 replicas), and are not decided faster."""
 
 
 class _Hop(NamedTuple):
@@ -97,10 +98,11 @@ class Balancer:
         """
         if rule not in RULES:
             raise UsageError(f"there is no rule {rule!r}; choose {', '.join(RULES)}")
-        self._slices = {name: len(sliced(forms).slices) for name, forms in cluster.models.items()}
+        self._slices: dict[str, int] = {}
         self._choose = RULES[rule]
         self._balancers = balancers
-        self.servers = {server.name: Belief(server) for server in cluster.servers}
+        self.servers: dict[str, Belief] = {}
+        self._meet(cluster)
         self._networks: dict[str, _Network] = {}
         self._turns: dict[tuple[str, int], int] = {}
         self._routes: dict[int, tuple[Route, int]] = {}
@@ -132,7 +134,9 @@ class Balancer:
             case ServerBack(_, server):
                 self.servers[server].alive = True
                 self._take(self._placement)
-            case Replaced(_, placement):
+            case Replaced(_, placement, cluster):
+                if cluster is not None:
+                    self._meet(cluster)
                 self._take(placement)
             case _:
                 assert_never(event)
@@ -143,6 +147,12 @@ class Balancer:
         count = self._turns.get((model, cut), 0)
         self._turns[model, cut] = count + 1
         return count
+
+    def _meet(self, cluster: Cluster) -> None:
+        """Take note of servers and models; of those that it knows, its beliefs stay."""
+        for server in cluster.servers:
+            self.servers.setdefault(server.name, Belief(server))
+        self._slices |= {name: len(sliced(forms).slices) for name, forms in cluster.models.items()}
 
     def _take(self, placement: Placement) -> None:
         self._placement = placement
@@ -169,6 +179,10 @@ class Balancer:
             return Reject(event.request, 1.0, f"no servers have all of {event.model!r} now")
         if event.deadline_s is not None:
             late_s = self._times(event, route)[1] - event.deadline_s
+            if late_s > 0.0 and self._choose is _earliest:
+                # A part that is used beyond its rate may have time: then nobody is refused.
+                route = _earliest(self, network, event, kept=False) or route
+                late_s = self._times(event, route)[1] - event.deadline_s
             if late_s > 0.0:
                 reason = f"it would be answered {late_s:.3g} s too late"
                 return Reject(event.request, late_s, reason)
@@ -254,8 +268,10 @@ class Balancer:
         ]
 
 
-def _earliest(balancer: Balancer, network: _Network, event: Asked) -> Route | None:
-    """The route that ends first, where shares are kept to.
+def _earliest(
+    balancer: Balancer, network: _Network, event: Asked, *, kept: bool = True
+) -> Route | None:
+    """The route that ends first, where shares are kept to; of all routes, if they are not.
 
     Ties go to the last server with fewest requests of this balancer, then to the part with more of
     the plan's flow. Labels are kept by the cut reached and the server that holds it: where a
@@ -271,7 +287,8 @@ def _earliest(balancer: Balancer, network: _Network, event: Asked) -> Route | No
         first_s = min(time_s for _, time_s, _ in here)
         for hop in network.some(cut, event.draw):
             part, costs, belief, share = hop
-            held_s = share.level_s + share.at_s - now_s  # below 0 if nobody is before it
+            # Below 0 if nobody is before it.
+            held_s = share.level_s + share.at_s - now_s if kept else 0.0
             through_s = belief.factor * (costs.through_s + (rows - 1) * costs.work_s)
             if best is not None:
                 # Who comes later waits less, and is not done sooner. Written out: asked most often.

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from lasagna.policy.cluster import Part
+from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.placed import Placement
 
 
@@ -86,6 +86,8 @@ class Replaced:
 
     at_s: float
     placement: Placement
+    cluster: Cluster | None = None
+    """If servers or models have come that were not there before."""
 
 
 BalancerEvent: TypeAlias = Asked | Passed | Ended | Reported | ServerLost | ServerBack | Replaced

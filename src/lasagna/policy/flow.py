@@ -48,7 +48,8 @@ class Flows:
         scale: multiples of the demand.
         latency_s: mean seconds of a request, waiting not counted, over all models.
         rates: requests a second through each column, by server's number and column.
-        objective: that was maximised.
+        objective: that was maximised: the scale, or minus the mean seconds of a request with its
+            waits.
         bound: on it.
     """
 
@@ -57,6 +58,14 @@ class Flows:
     rates: Mapping[tuple[int, Column], float]
     objective: float
     bound: float
+
+
+def used(cluster: Cluster, flows: Flows) -> Choice:
+    """The columns that something flows through."""
+    found: list[list[Column]] = [[] for _ in cluster.servers]
+    for number, column in flows.rates:
+        found[number].append(column)
+    return Choice(tuple(map(tuple, found)))
 
 
 def latency_of(column: Column, server: Server, slices: int) -> float:

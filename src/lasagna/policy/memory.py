@@ -29,7 +29,7 @@ from lasagna.policy.stages import (
     request_s,
     waiting_rows,
 )
-from lasagna.policy.staging import Staging
+from lasagna.policy.staging import Staging, Stagings
 from lasagna.units import format_bytes, whole_pages
 
 RING_SLOTS: Final = 3
@@ -60,8 +60,7 @@ class _Search:
     machine: Machine
     weights: Mapping[str, float]
     style: Style
-    _stagings: dict[int, Staging] = field(default_factory=dict)
-    _stages: dict[tuple[int, int, float | None], tuple[Stage, ...]] = field(default_factory=dict)
+    known: Stagings = field(default_factory=Stagings)
 
     def best(self, models: Mapping[str, ModelCosts]) -> MemoryPlan | None:
         """The best division with each model in this form."""
@@ -101,7 +100,7 @@ class _Search:
             for name, costs in models.items():
                 share = max(self.weights[name] / total, LEAST_SHARE)
                 price = 1.0 / (share * rate * rows) if rows else None
-                made[name] = self._staged(costs, each, price)
+                made[name] = self._staging(costs).within(each, price)
             if made not in seen:
                 seen.append(made)
                 yield made
@@ -152,17 +151,7 @@ class _Search:
         return self._with_weights(plan, room) if room >= 0 else None
 
     def _staging(self, costs: ModelCosts) -> Staging:
-        found = self._stagings.get(id(costs))
-        if found is None:
-            found = self._stagings[id(costs)] = Staging(costs, self.machine, self.style.max_rows)
-        return found
-
-    def _staged(self, costs: ModelCosts, each: int, price: float | None) -> tuple[Stage, ...]:
-        key = (id(costs), each, price)
-        found = self._stages.get(key)
-        if found is None:
-            found = self._stages[key] = self._staging(costs).within(each, price)
-        return found
+        return self.known.of(costs, self.machine, self.style.max_rows)
 
     def _with_weights(self, plan: MemoryPlan, room: int) -> MemoryPlan | None:
         """Spend what is left on pins and a ring, or say that it is too little."""
@@ -256,6 +245,7 @@ def divide_best(
     demand: Mapping[str, float],
     machines: Iterable[Machine],
     style: Style,
+    known: Stagings | None = None,
 ) -> MemoryPlan:
     """``divide`` for the machine of these on which a mean request takes the least time.
 
@@ -266,7 +256,7 @@ def divide_best(
     shortage: BudgetError | None = None
     for machine in machines:
         try:
-            plan = divide(models, demand, machine, style)
+            plan = divide(models, demand, machine, style, known)
         except BudgetError as error:
             shortage = error
             continue
@@ -283,6 +273,7 @@ def divide(
     demand: Mapping[str, float],
     machine: Machine,
     style: Style | None = None,
+    known: Stagings | None = None,
 ) -> MemoryPlan:
     """Divide the memory for the least time a mean request.
 
@@ -291,12 +282,13 @@ def divide(
         demand: share of each in the load. Only ratios count; a model without one gets next to none.
         machine: what there is.
         style: what it may make use of.
+        known: stagings to share with other divisions of the same models.
 
     Raises:
         BudgetError: not even batches of one row with nothing pinned fit.
     """
     style = style or Style()
-    search = _Search(machine, shares(models, demand), style)
+    search = _Search(machine, shares(models, demand), style, known or Stagings())
     weights = search.weights
     chosen = {name: forms[0] for name, forms in models.items()}
     best = search.best(chosen)

@@ -40,7 +40,8 @@ class Placement:
 
     Attributes:
         parts: costs of each. Of every model with demand, at least one chain of parts goes from its
-            first slice through its last.
+            first slice through its last. Rates are the scale's; of a plan for the lowest latency,
+            the demand's.
         scale: sustainable load, in multiples of the demand.
         throughput: requests a second of all models at that scale.
         latency_s: predicted mean seconds of a request of each model at the demand; infinite where
@@ -48,6 +49,10 @@ class Placement:
         bottleneck: what limits the scale, in words.
         bound: on the scale, of plans that are made as this one was.
         ceiling: on the scale, of anything that these servers and links could do.
+        mean_s: predicted mean seconds of a request of all models at the demand; infinite where that
+            is more than is sustainable, or where nobody has reckoned it.
+        latency_bound: on these seconds, of plans that are made as this one was; None for plans for
+            throughput, and where linear programs don't see how the demand could be served.
     """
 
     parts: Mapping[Part, PartCosts]
@@ -57,11 +62,19 @@ class Placement:
     bottleneck: str
     bound: Bound
     ceiling: Bound
+    mean_s: float = float("inf")
+    latency_bound: Bound | None = None
 
     @property
     def gap(self) -> float:
         """Share by which the scale may be below the best one."""
         return 1.0 - self.scale / self.bound.value if self.bound.value > 0 else 0.0
+
+    @property
+    def latency_gap(self) -> float:
+        """Share of its bound by which the mean latency may be above the best one."""
+        bound = self.latency_bound
+        return self.mean_s / bound.value - 1.0 if bound is not None and bound.value > 0 else 0.0
 
     def on(self, server: str) -> list[Part]:
         """The parts of one server, in order."""

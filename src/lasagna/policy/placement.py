@@ -18,16 +18,8 @@ from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, sliced
 from lasagna.policy.columns import ALONE, CUTS, Column, columns_of, cuts_of, kinds_of
 from lasagna.policy.exchange import best_exchanged
-from lasagna.policy.flow import (
-    Choice,
-    Flows,
-    chosen,
-    fits,
-    free_of_charge,
-    place,
-    relaxed,
-)
-from lasagna.policy.placed import Placement, connected
+from lasagna.policy.flow import Choice, Flows, chosen, fits, free_of_charge, place, relaxed, used
+from lasagna.policy.placed import Bound, Placement, connected
 from lasagna.policy.plan import Objective
 from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_chains, why_not
 from lasagna.policy.settle import settled
@@ -100,8 +92,11 @@ def plan_cluster(
     settling = options.settled and not options.exact and moving is free_of_charge
     left_s = (until_s - clock()) * (SEARCHING if settling else 1.0)
     left = replace(options, time_limit_s=left_s)
-    flows, most, _ = _Search(cluster, left, clock, moving).run(columns, begin)
-    found = placement_of(cluster, flows, bound_of(most, options.objective))
+    flows, bound, latency_bound = _Search(cluster, left, clock, moving).run(columns, begin)
+    most = None
+    if options.objective == "latency":  # made for the demand, and carries more
+        most = chosen(cluster, used(cluster, flows), "throughput")
+    found = placement_of(cluster, flows, bound, most=most, latency_bound=latency_bound)
     if not settling:
         return found
     return settled(cluster, found, options.objective, clock=clock, until_s=until_s)
@@ -114,17 +109,20 @@ class _Search:
     clock: Callable[[], float]
     moving: Callable[[int, Column], float]
 
-    def run(self, columns: Sequence[Column], begin: Choice | None) -> tuple[Flows, Flows, Choice]:
-        """What the plan carries, what the relaxed program does, and the plan."""
+    def run(
+        self, columns: Sequence[Column], begin: Choice | None
+    ) -> tuple[Flows, Bound, Bound | None]:
+        """What the plan carries, and bounds on the scale and on the mean latency."""
         cluster, until_s = self.cluster, self.clock() + self.options.time_limit_s
-        objective = self.options.objective
-        found = relaxed(cluster, columns, objective)
-        if found is None and objective == "latency":  # too much load: then as much as possible
-            objective, found = "throughput", relaxed(cluster, columns, "throughput")
-        if found is None:
+        most = relaxed(cluster, columns, "throughput")
+        if most is None:
             raise BudgetError(why_not(cluster))
-        most, costs = found
-        near = self._near(columns, most, costs)
+        least = None
+        if self.options.objective == "latency":
+            least = relaxed(cluster, columns, "latency")
+        objective: Objective = "throughput" if least is None else "latency"  # as much as possible
+        ideal, costs = least or most
+        near = self._near(columns, ideal, costs)
         free = {number: near[kind] for number, kind in enumerate(self._kinds)}
         if sum(map(len, self._every(columns).values())) <= SMALL:
             free = self._every(columns)
@@ -133,7 +131,7 @@ class _Search:
             nothing = Choice(((),) * len(cluster.servers))
             choice, flows = place(cluster, nothing, every, objective, moving=self.moving)
         else:
-            choice = begin or self._begun(columns, most, near, until_s)
+            choice = begin or self._begun(columns, ideal, near, until_s)
             free = {n: [*dict.fromkeys((*choice.columns[n], *free[n]))] for n in free}
             if objective == "latency" and chosen(cluster, choice, objective) is None:
                 half_s = (self.clock() + until_s) / 2  # first serve all of it, then fast
@@ -143,7 +141,8 @@ class _Search:
                 flows = chosen(cluster, choice, "throughput")
         if flows is None or flows.scale <= 0.0:
             raise BudgetError(why_not(cluster))
-        return flows, most, choice
+        fastest = None if least is None else bound_of(ideal, "latency")
+        return flows, bound_of(most[0], "throughput"), fastest
 
     def _begun(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from lasagna.errors import BudgetError
 from lasagna.policy.cluster import Cluster, Part, Server, sliced
@@ -11,20 +12,33 @@ from lasagna.policy.flow import Flows, latency_of
 from lasagna.policy.placed import Bound, PartCosts, Placement, connected
 from lasagna.policy.plan import Objective
 
+HOW: Final = "linear program in which each server has its memory for every part in turn"
 
-def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:
-    """A choice of columns as a placement; columns that nothing flows through are left out."""
+
+def placement_of(
+    cluster: Cluster,
+    flows: Flows,
+    bound: Bound,
+    *,
+    most: Flows | None = None,
+    latency_bound: Bound | None = None,
+) -> Placement:
+    """A choice of columns as a placement; columns that nothing flows through are left out.
+
+    Args:
+        cluster: that it is for.
+        flows: for which it is made: rates and latencies are theirs.
+        bound: on the scale.
+        most: what the same parts carry at most, if that is not what ``flows`` are.
+        latency_bound: on the mean latency.
+    """
+    most = most or flows
+    scale = max(flows.scale, most.scale)
     parts: dict[Part, PartCosts] = {}
-    busy: dict[str, float] = {}
     waits: dict[int, float] = {}
     load = min(1.0, 1.0 / flows.scale) if flows.scale > 0 else 1.0
     for number, server in enumerate(cluster.servers):
-        here = [(c, r) for (n, c), r in flows.rates.items() if n == number]
-        work = sum(rate * column.work_s for column, rate in here)
-        busy[f"{server.name}'s processors"] = work
-        for way in ("in", "out"):
-            sizes = sum(r * (c.in_bytes if way == "in" else c.out_bytes) for c, r in here)
-            busy[f"{server.name}'s link, {way}"] = sizes / server.bandwidth
+        here = _here(flows, number)
         waits[number] = _waits_s(here, server, load)
         for column, rate in here:
             part = Part(column.model, column.first, column.last, server.name)
@@ -32,23 +46,44 @@ def placement_of(cluster: Cluster, flows: Flows, bound: Bound) -> Placement:
                 column.work_s, column.through_s, column.in_bytes, column.out_bytes, rate
             )
     total = sum(cluster.demand[name] for name in cluster.wanted)
+    latency_s = _latencies(cluster, flows, waits)
     return Placement(
         parts=dict(sorted(parts.items())),
-        scale=flows.scale,
-        throughput=flows.scale * total,
-        latency_s=_latencies(cluster, flows, waits),
-        bottleneck=max(busy, key=lambda name: busy[name]),
+        scale=scale,
+        throughput=scale * total,
+        latency_s=latency_s,
+        bottleneck=_bottleneck(cluster, most),
         bound=bound,
         ceiling=ceiling_of(cluster),
+        mean_s=sum(cluster.demand[name] * seconds for name, seconds in latency_s.items()) / total,
+        latency_bound=latency_bound,
     )
 
 
-def bound_of(most: Flows, objective: Objective) -> Bound:
-    """What the linear program says of the scale."""
-    how = "linear program in which each server has its memory for every part in turn"
+def _here(flows: Flows, server: int) -> list[tuple[Column, float]]:
+    return [(column, rate) for (number, column), rate in flows.rates.items() if number == server]
+
+
+def _bottleneck(cluster: Cluster, flows: Flows) -> str:
+    """What is the busiest."""
+    busy: dict[str, float] = {}
+    for number, server in enumerate(cluster.servers):
+        here = _here(flows, number)
+        busy[f"{server.name}'s processors"] = sum(rate * column.work_s for column, rate in here)
+        for way in ("in", "out"):
+            sizes = sum(r * (c.in_bytes if way == "in" else c.out_bytes) for c, r in here)
+            busy[f"{server.name}'s link, {way}"] = sizes / server.bandwidth
+    return max(busy, key=lambda name: busy[name])
+
+
+def bound_of(ideal: Flows, objective: Objective) -> Bound:
+    """What the relaxed linear program for an objective says: of the scale, or of the mean latency.
+
+    Its waits are by tangents from below (``flow``): predicted latencies are no less.
+    """
     if objective == "latency":
-        return Bound(1.0, "the demand")
-    return Bound(most.scale, how)
+        return Bound(-ideal.objective, f"{HOW}, waits by tangents from below")
+    return Bound(ideal.scale, HOW)
 
 
 def ceiling_of(cluster: Cluster) -> Bound:
@@ -81,12 +116,13 @@ def _wait_s(here: Sequence[tuple[float, float, float]], load: float) -> float:
     """Mean seconds before a request's turn: a single queue of runs of equal length (M/D/1).
 
     Args:
-        here: rates, seconds that a request keeps it busy, and seconds that it takes there.
+        here: rates, seconds that a request keeps it busy, and seconds that it takes there. The
+            larger of the two is a run's length, so that no wait is less than in ``flow``.
         load: share of the rates that comes.
     """
     busy = min(0.99, load * sum(rate * work_s for rate, work_s, _ in here))
     total = sum(rate for rate, *_ in here)
-    mean_s = sum(rate * takes_s for rate, _, takes_s in here) / total if total else 0.0
+    mean_s = sum(rate * max(own) for rate, *own in here) / total if total else 0.0
     return busy / (2 * (1 - busy)) * mean_s
 
 

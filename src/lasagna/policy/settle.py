@@ -21,11 +21,13 @@ from lasagna.policy.placed import Bound, PartCosts, Placement
 from lasagna.policy.plan import MemoryPlan, Objective, Style, style_for
 from lasagna.policy.promise import placement_of
 from lasagna.policy.spread import whole_models
+from lasagna.policy.staging import Stagings
 
 ROUNDS: Final = 2
 """Divisions depend on the load's mix on each server, and the mix on the divisions."""
 GRAIN: Final = 0.05
 """To multiples of this shares of a server's load are rounded: equal servers are one case."""
+BETTER: Final = "servers' own planners do better"
 
 
 @dataclass(slots=True)
@@ -37,6 +39,7 @@ class Divisions:
     until_s: float
     style: Style = field(default_factory=Style)
     _known: dict[tuple[object, ...], MemoryPlan] = field(default_factory=dict)
+    _stagings: Stagings = field(default_factory=Stagings)
 
     def of(self, server: Server, rates: Mapping[Part, float]) -> MemoryPlan | None:
         """The division for these parts at these rates; None if the time is over.
@@ -55,7 +58,8 @@ class Divisions:
             if self.clock() > self.until_s:
                 return None
             models = forms_on(self.cluster.models, sorted(rates), server)
-            found = divide_best(models, demand, self.style.shapes(server.machine), self.style)
+            shapes = self.style.shapes(server.machine)
+            found = divide_best(models, demand, shapes, self.style, self._stagings)
             self._known[key] = found
         return found
 
@@ -89,10 +93,17 @@ def settled(
     promised = _value(cluster, placement, objective)
     if len(found) < 2 and promised is not None and promised >= value:
         return placement  # there was no time for it, and it promises more as it is
-    bound = placement.bound
-    if best.scale > bound.value:
-        bound = Bound(best.scale, f"{bound.how}; servers' own planners do better")
-    return replace(best, bound=bound)
+    return bounded(best, placement)
+
+
+def bounded(placement: Placement, planned: Placement) -> Placement:
+    """A placement with the bounds of another for the same cluster, or what it promises beyond."""
+    bound, fastest = planned.bound, planned.latency_bound
+    if placement.scale > bound.value:
+        bound = Bound(placement.scale, f"{bound.how}; {BETTER}")
+    if fastest is not None and placement.mean_s < fastest.value:
+        fastest = Bound(placement.mean_s, f"{fastest.how}; {BETTER}")
+    return replace(placement, bound=bound, latency_bound=fastest, ceiling=planned.ceiling)
 
 
 def _whole(cluster: Cluster) -> Placement | None:
@@ -115,10 +126,14 @@ def reckoned(
     parts = placement.parts
     for _ in range(ROUNDS):
         costs = _divided(cluster, parts, divisions)
-        flows = None if costs is None else chosen(cluster, _choice(cluster, costs), objective)
-        if flows is None or costs is None:
+        if costs is None:
             return best
-        made = _with_spare(placement_of(cluster, flows, placement.bound), costs)
+        choice = _choice(cluster, costs)
+        flows = chosen(cluster, choice, objective)
+        if flows is None:
+            return best
+        most = chosen(cluster, choice, "throughput") if objective == "latency" else flows
+        made = _with_spare(placement_of(cluster, flows, placement.bound, most=most), costs)
         if best is None or flows.objective > best[0]:
             best = flows.objective, made
         parts = made.parts

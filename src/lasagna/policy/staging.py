@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
 
@@ -23,7 +24,10 @@ class Staging:
         every, none = range(len(costs.slices)), frozenset[int]()
         self._costs, self._machine = costs, machine
         self._rows = [rows for rows in ROWS if rows <= min(costs.max_rows, max_rows)] or [1]
-        self._sizes = [[costs.bytes_at(n, n + 1, rows) for rows in self._rows] for n in every]
+        self._sizes = [  # no batch takes less than a smaller one
+            list(accumulate((costs.bytes_at(n, n + 1, rows) for rows in self._rows), max))
+            for n in every
+        ]
         self._compute = {
             rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in self._rows
         }
@@ -33,6 +37,7 @@ class Staging:
             for rows in self._rows
         }
         self._visits: dict[tuple[int, int, int], float] = {}
+        self._within: dict[tuple[int, float | None, tuple[int, ...]], tuple[Stage, ...]] = {}
 
     def one(self, each: int) -> tuple[Stage, ...]:
         """The whole model as one stage, with the largest batch that ``each`` bytes hold."""
@@ -50,9 +55,16 @@ class Staging:
             price: seconds a row that a byte at a cut is worth, because it could hold weights
                 instead. Without one, what waits at a cut may take as much as runs, and no more.
         """
-        costs, lanes = self._costs, self._machine.lanes
         limits = self._limits(each)
-        room = lanes * each if price is None else self._machine.budget
+        room = self._machine.lanes * each if price is None else self._machine.budget
+        key = room, price, tuple(limits)
+        found = self._within.get(key)
+        if found is None:
+            found = self._within[key] = self._least(limits, room, price)
+        return found
+
+    def _least(self, limits: list[int], room: int, price: float | None) -> tuple[Stage, ...]:
+        costs, lanes = self._costs, self._machine.lanes
         count = len(costs.slices)
         best = [0.0] + [float("inf")] * count
         chosen = [(0, 0)] * (count + 1)
@@ -87,10 +99,7 @@ class Staging:
 
     def _limits(self, each: int) -> list[int]:
         """Which of the batch sizes is the largest that fits, for each slice; the least if none."""
-        return [
-            max((at for at, size in enumerate(sizes) if size <= each), default=0)
-            for sizes in self._sizes
-        ]
+        return [max(0, bisect_right(sizes, each) - 1) for sizes in self._sizes]
 
     def _row_s(self, first: int, last: int, at: int) -> float:
         """Seconds a row of a stage with that batch size."""
@@ -107,6 +116,25 @@ class Staging:
             bare_s = exposed[last] - exposed[first]
             found = self._visits[key] = visit_s(compute_s, load_s, bare_s, machine) / rows
         return found
+
+
+class Stagings:
+    """Stagings of models on machines, each made once.
+
+    Divisions for other demand share much of their work.
+    """
+
+    def __init__(self) -> None:
+        """None is made."""
+        self._known: dict[tuple[int, Machine, int], tuple[ModelCosts, Staging]] = {}
+
+    def of(self, costs: ModelCosts, machine: Machine, max_rows: int) -> Staging:
+        """Of this very object of costs, which is kept, so that no other has its id."""
+        key = id(costs), machine, max_rows
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = costs, Staging(costs, machine, max_rows)
+        return found[1]
 
 
 def _sums(values: Iterable[float]) -> list[float]:

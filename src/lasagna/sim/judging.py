@@ -5,7 +5,8 @@ batches fill at a given load, and what routes make of that, only a simulation of
 and balancers shows. So a few plans of different kinds are each given the same requests, and the
 best of them is taken. Whole models on every server are among them: no plan is taken that loses to
 that. Those that come close to the best have a run-off with other and more requests: what is best of
-a dozen in a short simulation has had luck, too.
+a dozen in a short simulation has had luck, too. At last the winner is tried with other rules for
+routes.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Final
 import numpy as np
 
 from lasagna.errors import BudgetError
+from lasagna.policy.balancer import RULES
 from lasagna.policy.cluster import Cluster
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
 from lasagna.policy.plan import OBJECTIVES, Objective, Style, style_for
+from lasagna.policy.settle import Divisions, bounded, reckoned
 from lasagna.policy.spread import whole_models
 from lasagna.sim.arrivals import poisson, requests
 from lasagna.sim.cluster import VirtualCluster
+from lasagna.sim.metrics import Outcome
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
 from lasagna.sim.policies import roomy
@@ -37,11 +41,12 @@ LONGEST_S: Final = 60.0
 """Of virtual time, unless there would be too few requests."""
 FEW: Final = 20
 """Requests of a simulation at least, where they are rare."""
+MANY: Final = 10_000
+"""Requests of a simulation at most, where they are frequent."""
 REPORTS: Final = 2000
 """Of each server in a simulation at most: where requests are rare, little changes between them."""
 OVERLOAD: Final = 1.2
 """Times what the best plan promises: more than any of them can answer."""
-REPORT_S: Final = Options().report_s
 STYLES: Final[Mapping[str, Style]] = {
     "throughput": style_for("throughput"),
     "latency": style_for("latency"),
@@ -51,18 +56,27 @@ STYLES: Final[Mapping[str, Style]] = {
 """By what servers' own planners work for. Without batches there is more room for weights."""
 WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
-MARGIN: Final = 0.04
+MARGINS: Final[Mapping[Objective, float]] = {"throughput": 0.02, "latency": 0.04}
 """By which a plan must be better than a simpler one: less may be chance."""
+TIMELY: Final = 0.01
+"""Share of the answers in time that may be lost for a lower mean."""
 CLOSE: Final = 0.3
 """By which the best must be better than another in a short simulation, for that to be out."""
 LONG: Final = 5
 """Times as many requests in the run-off."""
 SHARES: Final = (0.4, 1.0)
 """Of the time, at which the search for one plan, and for the other, is over."""
-JUDGING: Final = 2.0
+JUDGING: Final = 3.0
 """Times the search's time, after which no other short simulation begins."""
-RUN_OFF: Final = 3.0
+RUN_OFF: Final = 4.0
 """Times the search's time, after which no other long one begins."""
+ROUTING: Final = 4.5
+"""Times the search's time, after which no other rule is tried."""
+WHOLE: Final = "whole models"
+EARLIEST: Final = "earliest"
+"""The rule for routes that knows most."""
+ROUTES: Final = tuple(rule for rule in RULES if rule not in (EARLIEST, "random"))
+"""Those that are tried beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +87,13 @@ class Candidate:
         name: how it came about.
         placement: of parts.
         aim: what servers' own planners work for, one of ``STYLES``.
+        rule: by which balancers choose routes.
     """
 
     name: str
     placement: Placement
     aim: str
+    rule: str = EARLIEST
 
     @property
     def style(self) -> Style:
@@ -92,7 +108,8 @@ class Verdict:
     Attributes:
         candidate: it.
         requests: that it was given. Verdicts on as many are comparable.
-        in_time: share of the requests that were answered within their limits.
+        in_time: share of the requests that were answered within their limits, and
+        carried: these answers in multiples of the demand, of the model of which it is least.
         throughput: answers a second.
         mean_s: of an answer.
     """
@@ -100,21 +117,13 @@ class Verdict:
     candidate: Candidate
     requests: int
     in_time: float
+    carried: float
     throughput: float
     mean_s: float
 
-    def beats(self, other: Verdict, objective: Objective) -> bool:
-        """Whether it is better; than another placement, by more than chance."""
-        same = self.candidate.placement is other.candidate.placement
-        return self.leads(other, objective, 0.0 if same else MARGIN)
-
-    def leads(self, other: Verdict, objective: Objective, margin: float) -> bool:
-        """Whether it is better by more than a share of the larger of both figures."""
-        if objective == "throughput":
-            return (1 - margin) * self.throughput > other.throughput
-        if abs(self.in_time - other.in_time) > margin * max(self.in_time, other.in_time):
-            return self.in_time > other.in_time
-        return self.mean_s < (1 - margin) * other.mean_s
+    def value(self, objective: Objective) -> float:
+        """The more the better, if as many come in time."""
+        return self.carried if objective == "throughput" else 1.0 / max(self.mean_s, 1e-12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +134,19 @@ class Judged:
         best: of them.
         verdicts: on those that were simulated, simple ones first; the last one where there was a
             run-off.
+        planned: the plan for the objective, whatever was simulated of it.
     """
 
     best: Candidate
     verdicts: tuple[Verdict, ...]
+    planned: Placement
+
+    def aim_of_whole_models(self, objective: Objective) -> str:
+        """What servers' own planners should work for where every server has whole models."""
+        whole = [one for one in self.verdicts if one.candidate.name == WHOLE]
+        most = max((one.requests for one in whole), default=0)
+        last = [one for one in whole if one.requests == most]
+        return best_of(last, objective).candidate.aim if last else self.best.aim
 
 
 def plan_judged(
@@ -138,50 +156,85 @@ def plan_judged(
     clock: Callable[[], float] = lambda: 0.0,
     seed: int = 0,
     planner: Planner | None = None,
-    admission: bool = False,
+    run: Options | None = None,
 ) -> Judged:
     """Make plans, simulate them, and take the best.
 
-    For objective ``throughput`` all are given more than any promises, and the most answers win; for
-    ``latency`` they are given the demand, and most answers in time win, then the least mean time.
+    For objective ``throughput`` all are given more than any promises, and the most answers win, of
+    the model that has least of its demand; late ones don't count, and are refused. For ``latency``
+    they are given the demand, and most answers in time win, then the least mean time.
 
     Args:
         cluster: servers, models and the expected load.
-        options: of the search. Simulations come on top, for as long again, and half as long for
-            the run-off; whole models and the plan for the objective are simulated once however
-            long that takes.
+        options: of the search. Simulations come on top, for up to 3.5 times as long; whole
+            models and the plan for the objective are simulated once however long that takes.
         clock: seconds of a steady clock.
         seed: of the requests.
         planner: to share divisions of memory with other simulations.
-        admission: whether what would be too late is refused.
+        run: how the cluster is run, but for the division of memory and routes.
 
     Raises:
-        BudgetError: as of ``policy.placement.plan_cluster``.
+        BudgetError: as of ``policy.placement.plan_cluster``, but that no plan keeps the limits is
+            no error: then the one is taken that keeps them most often.
     """
     options = options or PlanOptions()
     begin_s = clock()
+
+    def over(share: float) -> bool:
+        return clock() > begin_s + share * options.time_limit_s
+
+    objective = options.objective
     found = candidates(cluster, options, clock)
-    judge = _Judge(cluster, options.objective, found, seed, planner or Planner(), admission)
+    planned = found[-1].placement
+    judge = _Judge(cluster, objective, found, seed, planner or Planner(), run or Options())
     known: dict[int, Verdict] = {}
-    for turn, number in enumerate(_promising(found, options.objective)):
-        if turn > 1 and clock() > begin_s + JUDGING * options.time_limit_s:
+    for turn, number in enumerate(_promising(found, objective)):
+        if turn > 1 and over(JUDGING):
             break
-        verdict = judge.verdict(number)
-        if verdict is not None:
+        if (verdict := judge.verdict(number)) is not None:
             known[number] = verdict
     if not known:
-        return Judged(found[-1], ())
-    again: dict[int, Verdict] = {}
-    for number in _finalists(known, options.objective):
-        if clock() > begin_s + RUN_OFF * options.time_limit_s:
+        return Judged(found[-1], (), planned)
+    last: dict[int, Verdict] = {}
+    for number in _finalists(known, objective):
+        if over(RUN_OFF):
             break
-        verdict = judge.verdict(number, LONG)
-        if verdict is not None:
-            again[number] = verdict
-    last = again or known
-    best = best_of([last[number] for number in sorted(last)], options.objective)
-    known |= again
-    return Judged(best.candidate, tuple(known[number] for number in sorted(known)))
+        if (verdict := judge.verdict(number, LONG)) is not None:
+            last[number] = verdict
+    if last:
+        known |= last
+        winner = best_of(_in_order(last), objective).candidate
+        for rule in ROUTES:
+            if over(ROUTING) or not _has_ways(winner.placement):
+                break
+            found.append(replace(winner, rule=rule))
+            if (verdict := judge.verdict(len(found) - 1, LONG)) is not None:
+                known[len(found) - 1] = last[len(found) - 1] = verdict
+    best = best_of(_in_order(last or known), objective)
+    return Judged(best.candidate, tuple(_in_order(known)), planned)
+
+
+def promised(
+    cluster: Cluster,
+    judged: Judged,
+    objective: Objective,
+    *,
+    clock: Callable[[], float] = lambda: 0.0,
+    until_s: float = math.inf,
+) -> Placement:
+    """The best plan with what its servers' divisions of memory promise, and with the bounds.
+
+    As many requests flow through its parts as were simulated. When the time is over (``until_s`` of
+    the clock), its own promises stay.
+    """
+    own, planned = judged.best.placement, judged.planned
+    divisions = Divisions(cluster, clock, until_s, judged.best.style)
+    better = reckoned(cluster, own, objective, divisions)
+    if better is not None:
+        works = {part: one.work_s for part, one in better[1].parts.items()}
+        parts = {part: replace(one, work_s=works[part]) for part, one in own.parts.items()}
+        own = replace(better[1], parts=parts)
+    return bounded(own, planned)
 
 
 def candidates(
@@ -198,7 +251,7 @@ def candidates(
     placements: list[tuple[str, Placement]] = []
     whole = _whole(cluster)
     if whole is not None:
-        placements.append(("whole models", whole))
+        placements.append((WHOLE, whole))
     begin_s = clock()
     for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
@@ -230,29 +283,54 @@ def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) ->
 def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
     """Numbers of candidates in the order in which they are simulated, as time may not do for all.
 
-    Those that aim at the objective first, and of these the simplest and the plan for it.
+    The simplest and the plan for the objective, which aim at it; then the others of the simplest.
     """
-    first = {"whole models": 0, f"plan for {objective}": 1}
-    return sorted(
-        range(len(found)),
-        key=lambda n: (found[n].aim != objective, first.get(found[n].name, 2), n),
-    )
+
+    def turn(number: int) -> tuple[int, int]:
+        one = found[number]
+        if one.aim == objective and one.name in (WHOLE, f"plan for {objective}"):
+            return 0 if one.name == WHOLE else 1, number
+        return 2 if one.name == WHOLE else 3, number
+
+    return sorted(range(len(found)), key=turn)
 
 
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
-    """The first that no later one beats by more than chance."""
+    """The first that no later one beats by more than chance, of those that are in time as often."""
+    if objective == "latency":
+        most = max(verdict.in_time for verdict in verdicts)
+        verdicts = [one for one in verdicts if one.in_time >= (1 - TIMELY) * most]
     best = verdicts[0]
     for verdict in verdicts[1:]:
-        if verdict.beats(best, objective):
+        one, other = verdict.candidate, best.candidate
+        alike = one.placement is other.placement and one.rule == other.rule
+        margin = 0.0 if alike else MARGINS[objective]
+        if (1 - margin) * verdict.value(objective) > best.value(objective):
             best = verdict
     return best
 
 
+def _has_ways(placement: Placement) -> bool:
+    """Whether there is anything to choose for a request on its way."""
+    begins = [(part.model, part.first) for part in placement.parts]
+    return len(set(begins)) < len(begins)
+
+
+def _in_order(verdicts: Mapping[int, Verdict]) -> list[Verdict]:
+    return [verdicts[number] for number in sorted(verdicts)]
+
+
 def _finalists(known: Mapping[int, Verdict], objective: Objective) -> list[int]:
-    """Numbers of those that the best doesn't leave far behind, it first; none if it is alone."""
-    best = best_of([known[number] for number in sorted(known)], objective)
-    close = [n for n in sorted(known) if not best.leads(known[n], objective, CLOSE)]
-    return sorted(close, key=lambda n: known[n] is not best) if len(close) > 1 else []
+    """Numbers of the best and of those that it doesn't leave far behind, the better ones first."""
+    best = best_of(_in_order(known), objective)
+    value, in_time = best.value(objective), best.in_time
+    close = [
+        number
+        for number, one in known.items()
+        if one.value(objective) >= (1 - CLOSE) * value
+        and (objective == "throughput" or one.in_time >= (1 - CLOSE) * in_time)
+    ]
+    return sorted(close, key=lambda n: (known[n] is not best, -known[n].value(objective), n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +342,7 @@ class _Judge:
     found: Sequence[Candidate]
     seed: int
     planner: Planner
-    admission: bool
+    run: Options
 
     def verdict(self, number: int, times: int = 1) -> Verdict | None:
         """Of a simulation of so many times as long as a short one, with requests of its own.
@@ -272,22 +350,25 @@ class _Judge:
         None where a server's own planner finds no room for what it is given.
         """
         one, overloaded = self.found[number], self.objective == "throughput"
-        demand = {name: self.cluster.demand[name] for name in self.cluster.wanted}
-        rate = sum(demand.values())
+        rate = sum(self.cluster.demand[name] for name in self.cluster.wanted)
         if overloaded:
             rate *= OVERLOAD * max(other.placement.scale for other in self.found)
-        span_s = max(SHORTEST_S, times * FEW / rate, times * min(LONGEST_S, REQUESTS / rate))
+        span_s = times * max(SHORTEST_S, FEW / rate, min(LONGEST_S, REQUESTS / rate))
+        span_s = min(span_s, times * MANY / rate)
         load = requests(
-            np.random.default_rng((self.seed, 2 * times)),
-            poisson(np.random.default_rng((self.seed, 2 * times - 1)), rate),
-            demand,
+            np.random.default_rng((self.seed, times, 7, 1)),
+            poisson(np.random.default_rng((self.seed, times, 7, 0)), rate),
+            {name: self.cluster.demand[name] for name in self.cluster.wanted},
             until_s=span_s,
             limits_s=dict(self.cluster.limits_s),
         )
-        own = Options(
+        own = replace(
+            self.run,
+            rule=one.rule,
             settings=roomy(one.style),
-            admission=self.admission,
-            report_s=max(REPORT_S, span_s / REPORTS),
+            # In overload all would be late if nothing were refused.
+            admission=self.run.admission or (overloaded and bool(self.cluster.limits_s)),
+            report_s=max(self.run.report_s, span_s / REPORTS),
         )
         try:
             virtual = VirtualCluster(
@@ -296,7 +377,24 @@ class _Judge:
             outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
         except BudgetError:
             return None
-        figures = outcome.requests.figures(since_s=0.0 if overloaded else WARM * span_s)
-        mean_s = figures.mean_s if math.isfinite(figures.mean_s) else float("inf")
-        in_time = (figures.answered - figures.late) / max(1, figures.count)
-        return Verdict(one, figures.count, in_time, figures.throughput, mean_s)
+        return self._verdict(one, outcome, 0.0 if overloaded else WARM * span_s, span_s)
+
+    def _verdict(
+        self, one: Candidate, outcome: Outcome, since_s: float, until_s: float
+    ) -> Verdict | None:
+        every = outcome.requests.figures(since_s=since_s)
+        in_time, carried = [], []
+        for name in outcome.requests.models:
+            own = outcome.requests.figures(name, since_s=since_s)
+            answers = own.answered - own.late
+            if own.count:
+                in_time.append(answers / own.count)
+            carried.append(answers / (until_s - since_s) / self.cluster.demand[name])
+        return Verdict(
+            one,
+            len(outcome.requests),
+            min(in_time, default=0.0),
+            min(carried, default=0.0),
+            every.throughput,
+            every.mean_s if math.isfinite(every.mean_s) else math.inf,
+        )

@@ -36,7 +36,8 @@ class Figures:
         answered: of these, late ones too; late: after their limit.
         refused: by a server, or rejected by a balancer.
         given_up: that no server can run; unfinished: when the simulation was over.
-        throughput: answers a second; goodput: of those within their limit, if they have one.
+        throughput: answers a second, until the last of these requests ended; goodput: of those
+            within their limit, if they have one.
         mean_s: of answered requests, as the percentiles are.
     """
 
@@ -116,6 +117,10 @@ class Requests:
     def figures(self, model: str | None = None, *, since_s: float = 0.0) -> Figures:
         """Sum up.
 
+        Rates are for the time from ``since_s`` until the last of the model's own requests ended, in
+        whatever way: who leaves requests unfinished had all the time until the simulation was over,
+        and another model that is overloaded until then does not count.
+
         Args:
             model: whose; None for all.
             since_s: what was asked before is left out: a cold start is not what counts.
@@ -125,6 +130,7 @@ class Requests:
         counts = np.bincount(fates, minlength=len(Fate)).tolist()
         latencies = self.latencies_s(model, since_s=since_s)
         ends_s = self._column(self._asked_s, np.float64) + self._column(self._took_s, np.float64)
+        ends_s = ends_s[self._of(model)]
         span_s = max(float(ends_s.max()) - since_s, 1e-12) if len(ends_s) else 1.0
         answered = counts[Fate.ANSWERED] + counts[Fate.LATE]
         middle = (
@@ -147,10 +153,15 @@ class Requests:
 
     def _chosen(self, model: str | None, since_s: float) -> NDArray[np.bool_]:
         chosen: NDArray[np.bool_] = self._column(self._asked_s, np.float64) >= since_s
-        if model is not None:
-            models = self._column(self._models, np.uint16)
-            chosen &= models == self._names.get(model, len(self._names))
-        return chosen
+        return chosen & self._of(model)
+
+    def _of(self, model: str | None) -> NDArray[np.bool_]:
+        if model is None:
+            return np.ones(len(self), np.bool_)
+        found: NDArray[np.bool_] = self._column(self._models, np.uint16) == self._names.get(
+            model, len(self._names)
+        )
+        return found
 
     @staticmethod
     def _column(values: array[Any], kind: Any) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from lasagna.policy.events import Plan, Planned
 from lasagna.policy.memory import divide_best, repin
 from lasagna.policy.plan import MemoryPlan, Style
 from lasagna.policy.stages import Machine
+from lasagna.policy.staging import Stagings
 
 GRAIN: Final = 0.1
 """Shares of demand are rounded to multiples of this, which is also by how much a mix must have
@@ -37,6 +38,7 @@ class Planner:
         """
         self._grain = grain
         self._known: dict[_Key, MemoryPlan] = {}
+        self._stagings = Stagings()
         self._kept: dict[tuple[object, ...], MemoryPlan] = {}
         self.worked_out = 0
 
@@ -59,7 +61,9 @@ class Planner:
         )
         best = self._known.get(key)
         if best is None:
-            best = divide_best(command.models, demand, command.machines, command.style)
+            best = divide_best(
+                command.models, demand, command.machines, command.style, self._stagings
+            )
             self._known[key] = best
             self.worked_out += 1
         present = command.present

@@ -37,28 +37,24 @@ class ClusterPolicy:
         placed: ``plan``, by the planner; ``whole``, whole models on every server; ``media``, a
             chain of partitions of each model, as MEDIA would; ``media-repeated``, as many chains as
             there are servers for.
-        rule: by which routes are chosen.
+        rule: by which routes are chosen; None for the one that the plan comes with.
         local: what each server does.
     """
 
     name: str
     placed: Literal["plan", "whole", "media", "media-repeated"] = "plan"
-    rule: str = "earliest"
+    rule: str | None = None
     local: Policy = LASAGNA
 
 
 def _rules() -> dict[str, ClusterPolicy]:
-    return {rule: ClusterPolicy(rule, rule=rule) for rule in RULES if rule != "earliest"}
+    return {rule: ClusterPolicy(rule, rule=rule) for rule in RULES}
 
 
 CLUSTER_POLICIES: Final[Mapping[str, ClusterPolicy]] = {
     "lasagna": ClusterPolicy("lasagna"),
-    "whole-model": ClusterPolicy("whole-model", "whole"),
-    "on-demand": ClusterPolicy(
-        "on-demand",
-        "whole",
-        local=policy_named("on-demand"),
-    ),
+    "whole-model": ClusterPolicy("whole-model", "whole", "earliest"),
+    "on-demand": ClusterPolicy("on-demand", "whole", "earliest", policy_named("on-demand")),
     "vanilla": ClusterPolicy(
         "vanilla",
         "whole",
@@ -67,9 +63,9 @@ CLUSTER_POLICIES: Final[Mapping[str, ClusterPolicy]] = {
     ),
     "local-only": ClusterPolicy("local-only", "whole", "round-robin"),
     "global-only": ClusterPolicy("global-only", local=policy_named("on-demand")),
-    "media": ClusterPolicy("media", "media", local=policy_named("vanilla")),
+    "media": ClusterPolicy("media", "media", "earliest", policy_named("vanilla")),
     "media-repeated": ClusterPolicy(
-        "media-repeated", "media-repeated", local=policy_named("vanilla")
+        "media-repeated", "media-repeated", "earliest", policy_named("vanilla")
     ),
     **_rules(),
 }
@@ -105,8 +101,8 @@ def prepared(
         policy: to follow.
         cluster: servers, models and load.
         plan: the planner's placement of it.
-        options: of the simulation; rule, style and paging are the policy's, but for whether threads
-            may have a batch each, and how large batches may be.
+        options: of the simulation; style and paging are the policy's, but for whether threads may
+            have a batch each, and how large batches may be, and so is the rule if it has one.
         page_s: seconds of one page's eviction and load, where the kernel pages.
 
     Raises:
@@ -115,7 +111,7 @@ def prepared(
     own, given = policy.local.style, options.settings.style
     style = replace(own, apart=given.apart, max_rows=min(own.max_rows, given.max_rows))
     settings = replace(options.settings, style=style, in_order=policy.local.in_order)
-    options = replace(options, rule=policy.rule, settings=settings)
+    options = replace(options, rule=policy.rule or options.rule, settings=settings)
     if policy.placed != "plan":
         options = replace(options, replanning=None)
     placement = plan

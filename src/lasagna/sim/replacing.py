@@ -20,7 +20,7 @@ from lasagna.policy.beliefs import Belief
 from lasagna.policy.cluster import Cluster, Part, part_of, sliced
 from lasagna.policy.placed import PartCosts, Placement
 from lasagna.policy.placement import PlanOptions
-from lasagna.policy.replan import HORIZON_S, Step, replan, slices_of, steps
+from lasagna.policy.replan import HORIZON_S, Replanned, Step, replan, slices_of, steps
 from lasagna.sim.clock import Clock
 from lasagna.sim.network import Network
 from lasagna.sim.server import VirtualServer
@@ -39,7 +39,8 @@ class Replanning:
     Attributes:
         after_s: from a change that balancers have noticed until there is a plan.
         slower: factor by which a server's speed must have changed since the last plan.
-        mix: share of the requests that must be for other models than planned for.
+        mix: share of the requests that must be for other models than planned for; if nobody planned
+            for a model at all, any request for it will do.
         mix_s: for so long requests are counted before they are compared with the plan's mix.
         horizon_s: for how long a change is expected to last.
         options: of the planner. Its clock stands still, so that simulations are the same each time:
@@ -70,7 +71,8 @@ Told: TypeAlias = Callable[[Replaced], None]
 COUNTED: Final = 50
 """Requests that say what the mix is; fewer may be chance."""
 RARE: Final = 0.05
-"""Of its planned rate, that a model keeps which nobody has asked for of late."""
+"""Of its planned rate, that a model keeps which nobody has asked for of late; without room for all
+models it keeps nothing."""
 
 
 class Replacing:
@@ -118,6 +120,7 @@ class Replacing:
         self._beliefs = beliefs
         self._counts: Counter[str] = Counter()
         self._since_s = 0.0
+        self._idle: frozenset[str] = frozenset()  # models of which the last mix had none
         self._factors = dict.fromkeys(servers, 1.0)
         self._steps: deque[Step] = deque()
         self._turn = 0  # counts plans: what an earlier one had under way comes to nothing
@@ -163,10 +166,11 @@ class Replacing:
         lasted_s = self._clock.now_s - self._since_s
         counts, self._counts = self._counts, Counter()
         total, models = counts.total(), self._cluster.models
+        self._idle = frozenset(m for m in models if not counts[m])
         planned = {model: self._cluster.demand.get(model, 0.0) for model in models}
         whole = sum(planned.values())
         others = sum(max(0.0, counts[m] / total - planned[m] / whole) for m in models)
-        if others > self._how.mix:
+        if others > self._how.mix or any(counts[m] and not planned[m] for m in models):
             rates = {m: max(counts[m] / lasted_s, RARE * planned[m]) for m in models}
             self._cluster = replace(self._cluster, demand=rates)
             self.noticed()
@@ -179,13 +183,14 @@ class Replacing:
         there = [part for part in self.placement.parts if self._servers[part.server].alive]
         self.looked += 1
         self._factors = {name: belief.factor for name, belief in self._beliefs.items()}
-        how = self._how
-        try:
-            found = replan(
-                cluster, there, how.options, horizon_s=how.horizon_s, stored=self._stored
-            )
-        except BudgetError:
+        found = self._found(cluster, there)
+        asked = {m: 0.0 if m in self._idle else rate for m, rate in cluster.demand.items()}
+        if found is None and self._idle and any(asked.values()):
+            cluster = replace(cluster, demand=asked)
+            found = self._found(cluster, there)
+        if found is None:
             return  # the servers that are left can't serve all models: what they can goes on
+        self._cluster = replace(self._cluster, demand=cluster.demand)
         self._turn += 1
         self._steps.clear()
         if not found.worth_it or set(found.best.parts) == set(there):
@@ -197,6 +202,14 @@ class Replacing:
             self._servers[part.server].forget(part.key)
         self._put({part: self.placement.parts[part] for part in there})
         self._next(self._turn)
+
+    def _found(self, cluster: Cluster, there: Collection[Part]) -> Replanned | None:
+        """Another placement; None if there is no room for all models."""
+        how = self._how
+        try:
+            return replan(cluster, there, how.options, horizon_s=how.horizon_s, stored=self._stored)
+        except BudgetError:
+            return None
 
     def _known(self) -> Cluster | None:
         """The cluster as balancers believe it is."""
