@@ -179,10 +179,10 @@ def test_a_package_for_other_processors_has_a_way_out(
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_can_be_read(path: Path) -> None:
-    """Promise: examples/costs/ is what the current version writes, of six real networks."""
+    """Promise: examples/costs/ is what the current version writes, of eleven real networks."""
     name, forms = read_costs(path)
 
     assert name == path.stem
     assert [one.form for one in forms] == ["sliced", "whole", "frozen"]
     assert json.loads(path.read_text())["measured_on"]
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 11

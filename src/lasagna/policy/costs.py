@@ -8,8 +8,7 @@ profile's figure times a factor, which follows what is measured.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 SLICED: Final = "sliced"
@@ -67,10 +66,6 @@ class ModelCosts:
     max_rows: int
     form: str = SLICED
     copies_bytes: int = 0
-    _sums: dict[int, list[float]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    """By rows, seconds until each cut: asked for very often."""
 
     def __post_init__(self) -> None:
         assert self.slices
@@ -84,11 +79,7 @@ class ModelCosts:
 
     def compute_at(self, first: int, last: int, rows: int) -> float:
         """Seconds for slices ``first`` to ``last``, exclusive, on one batch."""
-        sums = self._sums.get(rows)
-        if sums is None:
-            each = (one.compute_at(rows) for one in self.slices)
-            sums = self._sums[rows] = list(accumulate(each, initial=0.0))
-        return sums[last] - sums[first]
+        return sum(one.compute_at(rows) for one in self.slices[first:last])
 
     def activations_at(self, first: int, last: int, rows: int) -> int:
         """Bytes of a batch's activations while it goes through these slices."""
