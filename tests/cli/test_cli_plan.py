@@ -18,7 +18,8 @@ from lasagna.cli.plan_lanes import lanes_of
 from lasagna.policy.cluster import Cluster, Part, Server
 from lasagna.policy.placed import Bound, PartCosts, Placement
 from lasagna.policy.stages import Machine
-from lasagna.sim.judging import Candidate, Judged
+from lasagna.sim.candidates import Candidate
+from lasagna.sim.judging import Judged
 
 EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
 MACHINE: Final = Machine(40 * MB, 1, 1, 3e9, 0.0003)

@@ -14,12 +14,11 @@ from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions
 from lasagna.policy.plan import Objective
 from lasagna.sim import judging
+from lasagna.sim.candidates import EARLIEST, Candidate
 from lasagna.sim.judging import (
-    EARLIEST,
     LONG,
     MARGINS,
     ROUTES,
-    Candidate,
     Judged,
     Verdict,
     best_of,

@@ -48,8 +48,9 @@ from lasagna.policy.plan import Objective, Style, style_for
 from lasagna.policy.spread import whole_models
 from lasagna.policy.stages import Machine
 from lasagna.sim.arrivals import Arrival, poisson, requests
+from lasagna.sim.candidates import STYLES, Candidate
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.judging import STYLES, Candidate, plan_judged
+from lasagna.sim.judging import plan_judged
 from lasagna.sim.metrics import Figures
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner

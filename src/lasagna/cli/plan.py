@@ -28,7 +28,8 @@ from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
 from lasagna.policy.plan import Objective, objective_named
-from lasagna.sim.judging import EARLIEST, Candidate, Judged, plan_judged, promised
+from lasagna.sim.candidates import EARLIEST, Candidate
+from lasagna.sim.judging import Judged, plan_judged, promised
 from lasagna.units import format_bytes
 
 FORMAT: Final = 1

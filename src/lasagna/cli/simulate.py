@@ -24,8 +24,9 @@ from lasagna.cli.scenario_file import Scenario, read_scenario
 from lasagna.errors import LasagnaError, UsageError
 from lasagna.policy.plan import Style
 from lasagna.sim.arrivals import Arrival
+from lasagna.sim.candidates import STYLES, Candidate
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.judging import STYLES, Candidate, plan_judged
+from lasagna.sim.judging import plan_judged
 from lasagna.sim.metrics import Figures, Outcome
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner

@@ -22,11 +22,11 @@ from lasagna.errors import BudgetError
 from lasagna.policy.balancer import RULES
 from lasagna.policy.cluster import Cluster
 from lasagna.policy.placed import Placement
-from lasagna.policy.placement import PlanOptions, plan_cluster
-from lasagna.policy.plan import OBJECTIVES, Objective, Style, style_for
+from lasagna.policy.placement import PlanOptions
+from lasagna.policy.plan import Objective
 from lasagna.policy.settle import Divisions, bounded, reckoned
-from lasagna.policy.spread import whole_models
 from lasagna.sim.arrivals import poisson, requests
+from lasagna.sim.candidates import EARLIEST, WHOLE, Candidate, candidates
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Outcome
 from lasagna.sim.options import Options
@@ -47,13 +47,6 @@ REPORTS: Final = 2000
 """Of each server in a simulation at most: where requests are rare, little changes between them."""
 OVERLOAD: Final = 1.2
 """Times what the best plan promises: more than any of them can answer."""
-STYLES: Final[Mapping[str, Style]] = {
-    "throughput": style_for("throughput"),
-    "latency": style_for("latency"),
-    "lone requests": replace(style_for("latency"), max_rows=1),
-    "single rows": replace(style_for("throughput"), max_rows=1),
-}
-"""By what servers' own planners work for. Without batches there is more room for weights."""
 WARM: Final = 0.2
 """Share of the requests that come first and don't count at a load that can be carried."""
 MARGINS: Final[Mapping[Objective, float]] = {"throughput": 0.02, "latency": 0.04}
@@ -64,41 +57,14 @@ CLOSE: Final = 0.3
 """By which the best must be better than another in a short simulation, for that to be out."""
 LONG: Final = 5
 """Times as many requests in the run-off."""
-SHARES: Final = (0.4, 1.0)
-"""Of the time, at which the search for one plan, and for the other, is over."""
 JUDGING: Final = 3.0
 """Times the search's time, after which no other short simulation begins."""
 RUN_OFF: Final = 4.0
 """Times the search's time, after which no other long one begins."""
 ROUTING: Final = 4.5
 """Times the search's time, after which no other rule is tried."""
-WHOLE: Final = "whole models"
-EARLIEST: Final = "earliest"
-"""The rule for routes that knows most."""
 ROUTES: Final = tuple(rule for rule in RULES if rule not in (EARLIEST, "random"))
-"""Those that are tried beside it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A way to run a cluster.
-
-    Attributes:
-        name: how it came about.
-        placement: of parts.
-        aim: what servers' own planners work for, one of ``STYLES``.
-        rule: by which balancers choose routes.
-    """
-
-    name: str
-    placement: Placement
-    aim: str
-    rule: str = EARLIEST
-
-    @property
-    def style(self) -> Style:
-        """In which servers' own planners divide memory."""
-        return STYLES[self.aim]
+"""Rules that are tried beside the one that knows most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +150,7 @@ def plan_judged(
         return clock() > begin_s + share * options.time_limit_s
 
     objective = options.objective
-    found = candidates(cluster, options, clock)
-    planned = found[-1].placement
+    found, planned = candidates(cluster, options, clock)
     judge = _Judge(cluster, objective, found, seed, planner or Planner(), run or Options())
     known: dict[int, Verdict] = {}
     for turn, number in enumerate(_promising(found, objective)):
@@ -235,49 +200,6 @@ def promised(
         parts = {part: replace(one, work_s=works[part]) for part, one in own.parts.items()}
         own = replace(better[1], parts=parts)
     return bounded(own, planned)
-
-
-def candidates(
-    cluster: Cluster, options: PlanOptions, clock: Callable[[], float]
-) -> list[Candidate]:
-    """Plans to choose from, the simplest first and the one that was asked for last.
-
-    Raises:
-        BudgetError: there is no plan.
-    """
-    wanted = options.objective
-    aims = list(STYLES) if wanted == "latency" else [wanted]
-    objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
-    placements: list[tuple[str, Placement]] = []
-    whole = _whole(cluster)
-    if whole is not None:
-        placements.append((WHOLE, whole))
-    begin_s = clock()
-    for objective, share in zip(objectives, SHARES, strict=True):
-        left_s = begin_s + share * options.time_limit_s - clock()
-        own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
-        placement = _plan(cluster, own, clock)
-        if placement is None and objective != wanted:
-            continue
-        if placement is None:  # no plan keeps the limits: then as well as can be
-            placement = plan_cluster(replace(cluster, limits_s={}), own, clock=clock)
-        if all(set(placement.parts) != set(other.parts) for _, other in placements):
-            placements.append((f"plan for {objective}", placement))
-    return [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
-
-
-def _whole(cluster: Cluster) -> Placement | None:
-    try:
-        return whole_models(cluster)
-    except BudgetError:
-        return None  # some model fits on no server whole
-
-
-def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:
-    try:
-        return plan_cluster(cluster, options, clock=clock)
-    except BudgetError:
-        return None
 
 
 def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:

@@ -1,0 +1,96 @@
+"""Ways to run a cluster that are worth a simulation: ``sim.judging`` chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lasagna.errors import BudgetError
+from lasagna.policy.cluster import Cluster
+from lasagna.policy.placed import Placement
+from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.plan import OBJECTIVES, Style, style_for
+from lasagna.policy.spread import whole_models
+
+STYLES: Final[Mapping[str, Style]] = {
+    "throughput": style_for("throughput"),
+    "latency": style_for("latency"),
+    "lone requests": replace(style_for("latency"), max_rows=1),
+    "single rows": replace(style_for("throughput"), max_rows=1),
+}
+"""By what servers' own planners work for. Without batches there is more room for weights."""
+SHARES: Final = (0.4, 1.0)
+"""Of the time, at which the search for one plan, and for the other, is over."""
+WHOLE: Final = "whole models"
+EARLIEST: Final = "earliest"
+"""The rule for routes that knows most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to run a cluster.
+
+    Attributes:
+        name: how it came about.
+        placement: of parts.
+        aim: what servers' own planners work for, one of ``STYLES``.
+        rule: by which balancers choose routes.
+    """
+
+    name: str
+    placement: Placement
+    aim: str
+    rule: str = EARLIEST
+
+    @property
+    def style(self) -> Style:
+        """In which servers' own planners divide memory."""
+        return STYLES[self.aim]
+
+
+def candidates(
+    cluster: Cluster, options: PlanOptions, clock: Callable[[], float]
+) -> tuple[list[Candidate], Placement]:
+    """Plans to choose from, the simplest first; and the one that was asked for.
+
+    Raises:
+        BudgetError: there is no plan.
+    """
+    wanted = options.objective
+    aims = list(STYLES) if wanted == "latency" else [wanted]
+    objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
+    placements: list[tuple[str, Placement]] = []
+    planned = None
+    whole = _whole(cluster)
+    if whole is not None:
+        placements.append((WHOLE, whole))
+    begin_s = clock()
+    for objective, share in zip(objectives, SHARES, strict=True):
+        left_s = begin_s + share * options.time_limit_s - clock()
+        own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
+        placement = _plan(cluster, own, clock)
+        if placement is None and objective != wanted:
+            continue
+        if placement is None:  # no plan keeps the limits: then as well as can be
+            placement = plan_cluster(replace(cluster, limits_s={}), own, clock=clock)
+        planned = placement
+        if all(set(placement.parts) != set(other.parts) for _, other in placements):
+            placements.append((f"plan for {objective}", placement))
+    assert planned is not None, "the last objective is the one that was asked for"
+    found = [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
+    return found, planned
+
+
+def _whole(cluster: Cluster) -> Placement | None:
+    try:
+        return whole_models(cluster)
+    except BudgetError:
+        return None  # some model fits on no server whole
+
+
+def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:
+    try:
+        return plan_cluster(cluster, options, clock=clock)
+    except BudgetError:
+        return None
