@@ -130,6 +130,29 @@ def test_pictures_show_each_part(
     assert len(hatched) >= 2  # what two replicas of 80 MB stream
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "words"),
+    [
+        ("--png", "x.txt", "x.txt: it must end with one of"),
+        ("--html", "absent/x.html", "absent/x.html: there is no folder"),
+        ("--out", ".", "it is a folder"),
+    ],
+)
+def test_files_that_can_not_be_written_are_named_before_anything_is_planned(
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    file: str,
+    words: str,
+) -> None:
+    """A search may take minutes."""
+    monkeypatch.setattr("lasagna.cli.plan._judged", lambda *_, **__: pytest.fail("it plans"))
+    result = run(*files, option, str(tmp_path / file))
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
 def test_what_is_pinned_fits_the_server(cluster: Cluster, placement: Placement) -> None:
     """The drawing's blocks are the server's own plan: all weights, once, within its memory."""
     for lane in lanes_of(cluster, placement):

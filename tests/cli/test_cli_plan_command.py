@@ -163,7 +163,7 @@ def test_a_file_that_can_not_be_written_is_an_error(files: list[Path], tmp_path:
     for option in ("--out", "--html"):
         result = plan(*files, option, tmp_path / "absent" / "file")
         assert result.exit_code == 2
-        assert "absent/file: No such file or directory" in result.stderr
+        assert "absent/file: there is no folder" in result.stderr
 
 
 @pytest.mark.integration

@@ -29,7 +29,6 @@ from lasagna.policy.cluster import Cluster, Part, Server, is_chain
 from lasagna.policy.media import media
 from lasagna.policy.paging import Paging
 from lasagna.policy.placed import Bound, PartCosts, Placement, connected
-from lasagna.policy.spread import whole_models
 from lasagna.policy.stages import Machine
 
 MACHINE = Machine(40 * MB, 1, 1, 3e9, 0.0003)
@@ -325,19 +324,6 @@ def test_a_belief_is_never_negative_nor_more_than_was_sent(
         belief.send(at_s, work_s)
     total_s = sum(work_s for _, work_s in sends)
     assert 0.0 <= belief.backlog_s(now_s) <= total_s + 1e-9
-
-
-def test_whole_models_are_on_every_server_that_can_hold_them() -> None:
-    """The placement without a plan: all models on all servers, or in turn where memory is short."""
-    small = linear([2 * MB] * 2, [50_000] * 2, [0.002] * 2)
-    models = {f"m{n}": (small,) for n in range(3)}
-    given_ = Cluster((server("a"), server("b")), models, dict.fromkeys(models, 1.0))
-    found = whole_models(given_)
-    assert len(found.parts) == 6
-    assert {(part.first, part.last) for part in found.parts} == {(0, 2)}
-    huge = linear([60 * MB], [50_000], [0.002])
-    with pytest.raises(BudgetError, match="'h'"):
-        whole_models(Cluster((server("a"),), {"h": (huge,)}, {"h": 1.0}))
 
 
 def test_media_splits_what_pages_and_keeps_together_what_fits() -> None:

@@ -17,7 +17,8 @@ from lasagna.policy.costs import ModelCosts
 from lasagna.policy.events import Answer, Arrange, Arrived, Command, Event, Pin, Ran, Run
 from lasagna.policy.paging import Paging
 from lasagna.policy.plan import Style
-from lasagna.policy.stages import APART_LOSS, Machine, Stage, request_s
+from lasagna.policy.stages import APART_LOSS, Machine, Stage
+from lasagna.policy.staging import Staging
 from lasagna.policy.state import Settings
 from lasagna.sim.calibration import Calibration, drawn, noise
 from lasagna.sim.clock import Clock
@@ -85,7 +86,7 @@ SMALL = model(3, 0.03)
 
 
 def test_a_saturated_enclave_takes_what_its_plan_promises() -> None:
-    """Simulated throughput is ``request_s`` of the plan when all batches are full."""
+    """Simulated throughput is ``MemoryPlan.request_s`` when all batches are full."""
     rig = Rig({"a": STREAMED})
     plan = rig.enclave.scheduler.plan
     assert plan is not None
@@ -170,7 +171,7 @@ def test_what_is_loaded_while_computing_is_hidden_where_a_core_is_left() -> None
         cores: Rig({"a": costs}, replace(machine, cores=cores)).answers("a", 1) for cores in (1, 2)
     }
     assert alone[2] == pytest.approx(
-        request_s(costs, [stage], frozenset(range(2)), machine), rel=0.1
+        Staging(costs, machine, 1).request_s([stage], frozenset(range(2))), rel=0.1
     )
     assert alone[1] - alone[2] > 0.02
 

@@ -49,6 +49,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulations of fewer requests, for tests of what is made of them."""
     monkeypatch.setattr(judging, "REQUESTS", 150)
     monkeypatch.setattr(judging, "SHORTEST_S", 0.5)
+    monkeypatch.setattr(judging, "FULL_S", 0.5)
 
 
 @cache
@@ -171,6 +172,14 @@ def test_small_losses_do_not_add_up() -> None:
     later = made("later", replace(here), 0.992, 0.9)
     latest = made("latest", replace(here), 0.985, 0.8)
     assert best_of([whole, later, latest], "latency") is later
+
+
+def test_where_next_to_nothing_is_in_time_the_mean_decides() -> None:
+    """Four requests of a thousand more are chance, though they are twice as many."""
+    here = everywhere(cluster(servers(2), {"a": SMALL}))
+    lucky, quick = made("lucky", here, 0.008, 2.0), made("quick", replace(here), 0.004, 1.0)
+    for both in ([lucky, quick], [quick, lucky]):
+        assert best_of(both, "latency") is quick
 
 
 def test_the_winner_is_tried_with_other_rules_for_routes() -> None:

@@ -39,7 +39,6 @@ from lasagna.bench.report import Result
 from lasagna.cli.costs_file import read_costs
 from lasagna.cli.plan import silent_library
 from lasagna.errors import BudgetError
-from lasagna.policy.baselines import LASAGNA
 from lasagna.policy.cluster import Cluster, Server, sliced
 from lasagna.policy.paging import HOT_BYTES
 from lasagna.policy.placed import Placement
@@ -69,6 +68,8 @@ REQUESTS: Final = 1500
 """Of one cell, at most: enough for a mean within some percent."""
 SPANS_S: Final = (3.0, 60.0)
 """Of virtual time, at least and at most: at least some batches of each server."""
+FULL_S: Final = 10.0
+"""At least in overload: what the largest batches hold at the end is little of it."""
 WARM: Final = 0.3
 PLAN_S: Final = 10.0
 PLAN_EACH_S: Final = 5.0
@@ -149,10 +150,10 @@ def measure(case: Case) -> Cell:
             planner=planner,
             run=Options(admission=admission),
         )
-    chosen, whole = judged.best, STYLES[judged.aim_of_whole_models(objective)]
+    chosen = judged.best
     for name in case.policies:
         try:
-            ways = _ways(case, cluster, chosen, whole, name)
+            ways = _ways(case, cluster, chosen, name)
             if len(ways) > 1:
                 tried = [rank(case, _simulate(case, rate, one, planner, SEED + 1)) for one in ways]
                 ways = [ways[tried.index(min(tried))]]
@@ -181,9 +182,7 @@ def _limits_s(cluster: Cluster, plan: Placement) -> dict[str, float]:
     return {name: DEADLINE * figures[name].mean_s for name in cluster.models}
 
 
-def _ways(
-    case: Case, cluster: Cluster, chosen: Candidate, whole: Style, name: str
-) -> list[Prepared]:
+def _ways(case: Case, cluster: Cluster, chosen: Candidate, name: str) -> list[Prepared]:
     """In which a policy may be run, each with another style.
 
     Raises:
@@ -191,11 +190,7 @@ def _ways(
     """
     policy = cluster_policy(name)
     page_s = (PAGED.load_ns + PAGED.evict_ns) / 1e9
-    styles = list(STYLES.values())
-    if policy.placed == "plan":
-        styles = [chosen.style]
-    elif policy.local is LASAGNA:
-        styles = [whole]
+    styles = [chosen.style] if policy.placed == "plan" else list(STYLES.values())
     found: dict[Style, Prepared] = {}
     for style in styles:
         options = Options(
@@ -207,7 +202,8 @@ def _ways(
 
 
 def _simulate(case: Case, rate: float, ready: Prepared, planner: Planner, seed: int) -> Figures:
-    span_s = min(max(SPANS_S[0], REQUESTS / rate), SPANS_S[1]) if case.load else 20 / rate
+    least_s = FULL_S if case.load > 1.0 else SPANS_S[0]
+    span_s = min(max(least_s, REQUESTS / rate), SPANS_S[1]) if case.load else 20 / rate
     load = requests(
         np.random.default_rng((seed, 2)),
         poisson(np.random.default_rng((seed, 1)), rate),

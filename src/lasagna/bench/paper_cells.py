@@ -192,6 +192,8 @@ def figure_of(cells: Sequence[Cell]) -> Figure:
         axis.set_xticks([n + 0.4 for n in range(len(sizes))], [c.case.title for c in sizes])
         axis.set_title(model)
         axis.axhline(1.0, color="black", linewidth=0.5)
+    for axis in axes.flat[len(models) :]:
+        axis.set_axis_off()
     axes.flat[0].set_ylabel("answers/s over the plan's promise")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle("Simulated: what clusters answer at 120 % of the plan's load")

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from lasagna.cli.cluster_file import read_cluster
 from lasagna.cli.costs_file import read_costs
+from lasagna.cli.files import check_drawable, check_writable, write_file
 from lasagna.cli.plan_drawing import headline, plain, plan_html, plan_png, subtitles
 from lasagna.cli.plan_lanes import Lane, lanes_of
 from lasagna.errors import UsageError
@@ -70,6 +71,8 @@ def plan(
     """
     wanted = objective_named(objective)
     cluster = _cluster(path, models)
+    check_writable(out, html)
+    check_drawable(png)
     console = Console(stderr=True)
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
@@ -223,18 +226,6 @@ def _part_report(lane: Lane, part: Part, costs: PartCosts) -> Mapping[str, objec
         "weight_bytes": sum(block.size for block in own),
         "pinned": [number for block in own if block.pinned for number in block.slices],
     }
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a report, with a line's end.
-
-    Raises:
-        UsageError: it can't be written.
-    """
-    try:
-        path.write_bytes(content + b"\n")
-    except OSError as error:
-        raise UsageError(f"can't write {path}: {error.strerror}") from None
 
 
 def _show(console: Console, cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from lasagna.cli.files import write_figure, write_file
 from lasagna.cli.plan_lanes import Block, Lane
-from lasagna.errors import UsageError
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.placed import PartCosts, Placement
 from lasagna.units import format_bytes
@@ -52,11 +52,7 @@ def plan_png(cluster: Cluster, placement: Placement, lanes: Sequence[Lane], path
     import matplotlib as mpl
 
     with mpl.rc_context({"text.parse_math": False, "hatch.linewidth": 1.6}):
-        figure = plan_figure(cluster, placement, lanes)
-        try:
-            figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"can't draw {path}: {error}") from None
+        write_figure(path, plan_figure(cluster, placement, lanes))
 
 
 def plan_figure(cluster: Cluster, placement: Placement, lanes: Sequence[Lane]) -> Figure:
@@ -324,10 +320,7 @@ def plan_html(cluster: Cluster, placement: Placement, lanes: Sequence[Lane], pat
     template = resources.files("lasagna.cli").joinpath("plan.html").read_text("utf-8")
     # No name can end the script element: JSON has no "<" outside of strings.
     page = template.replace("@PLAN@", data.replace("<", "\\u003c"), 1)
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"can't write {path}: {error.strerror}") from None
+    write_file(path, page.encode())
 
 
 def _page(cluster: Cluster, placement: Placement, lanes: Sequence[Lane]) -> dict[str, object]:

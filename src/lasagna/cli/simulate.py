@@ -18,10 +18,11 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from lasagna.cli.plan import silent_library, write_file
+from lasagna.cli.files import check_drawable, check_writable, write_figure, write_file
+from lasagna.cli.plan import silent_library
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
-from lasagna.errors import LasagnaError, UsageError
+from lasagna.errors import LasagnaError
 from lasagna.policy.plan import Style
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.candidates import STYLES, Candidate
@@ -58,7 +59,8 @@ def simulate(
     Everything it prints is simulated, from the profiles of the models; nothing is served.
     """
     scenario = read_scenario(path)
-    _check_files(out, png)
+    check_writable(out)
+    check_drawable(png)
     console = Console(stderr=True)
     quiet = json_ or not console.is_terminal
     with Progress(console=console, transient=True, disable=quiet) as bar:
@@ -80,25 +82,6 @@ def simulate(
     if png:
         _write_png(scenario, outcomes, png)
         typer.echo(f"wrote {png}", err=True)
-
-
-def _check_files(out: Path | None, png: Path | None) -> None:
-    """Simulations may take minutes: what can't be written is said before."""
-    for file in filter(None, (out, png)):
-        if file.is_dir():
-            raise UsageError(f"can't write {file}: it is a folder")
-        if not file.parent.is_dir():
-            raise UsageError(f"can't write {file}: there is no folder {file.parent}")
-    if png:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        endings = sorted(FigureCanvasBase.get_supported_filetypes())
-        if _ending(png) not in endings:
-            raise UsageError(f"can't draw {png}: it must end with one of {', '.join(endings)}")
-
-
-def _ending(path: Path) -> str:
-    return path.suffix[1:].lower() or "png"
 
 
 def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, Style, float]:
@@ -304,11 +287,7 @@ def _write_png(scenario: Scenario, outcomes: Mapping[str, Outcome], path: Path) 
 
     with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure = _figure(scenario, outcomes)
-        try:
-            figure.savefig(path, dpi=120, format=_ending(path))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"can't draw {path}: {error}") from None
+        write_figure(path, _figure(scenario, outcomes))
 
 
 def _figure(scenario: Scenario, outcomes: Mapping[str, Outcome]) -> Figure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 SLICED: Final = "sliced"
@@ -37,14 +38,11 @@ class SliceCosts:
 
     def compute_at(self, rows: int) -> float:
         """Seconds for a batch: between measured sizes on a straight line, beyond by its slope."""
-        return max(0.0, _on_curve(self.compute_s, rows))
+        return _compute_s(self.compute_s, rows)
 
     def workspace_at(self, rows: int) -> int:
         """Bytes for a batch, never less than for the next smaller size that was measured."""
-        at = min(bisect_left(BATCHES, rows), len(BATCHES) - 1)
-        if rows <= BATCHES[-1]:
-            return self.workspace_bytes[at]
-        return max(self.workspace_bytes[-1], int(_on_curve(self.workspace_bytes, rows) + 1))
+        return _workspace_bytes(self.workspace_bytes, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,20 @@ class ModelCosts:
 Forms: TypeAlias = tuple[ModelCosts, ...]
 """One model in each form that it can be run in, the sliced one first; the later the better, for who
 has the memory."""
+
+
+# Dividing memory asks the same of the same slices, a million times for seven models.
+@lru_cache(maxsize=1 << 16)
+def _compute_s(curve: tuple[float, ...], rows: int) -> float:
+    return max(0.0, _on_curve(curve, rows))
+
+
+@lru_cache(maxsize=1 << 16)
+def _workspace_bytes(curve: tuple[int, ...], rows: int) -> int:
+    at = min(bisect_left(BATCHES, rows), len(BATCHES) - 1)
+    if rows <= BATCHES[-1]:
+        return curve[at]
+    return max(curve[-1], int(_on_curve(curve, rows) + 1))
 
 
 def _on_curve(values: tuple[float, ...] | tuple[int, ...], rows: int) -> float:

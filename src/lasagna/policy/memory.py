@@ -26,7 +26,6 @@ from lasagna.policy.plan import MemoryPlan, Style, mean_s, shares
 from lasagna.policy.stages import (
     Machine,
     Stage,
-    request_s,
     waiting_rows,
 )
 from lasagna.policy.staging import Staging, Stagings
@@ -85,8 +84,7 @@ class _Search:
     def _least_s(self, models: Mapping[str, ModelCosts], stages: Stages) -> float:
         """Of a mean request, if all weights were there."""
         return sum(
-            self.weights[name]
-            * request_s(costs, stages[name], frozenset(range(len(costs.slices))), self.machine)
+            self.weights[name] * self._staging(costs).request_s(stages[name], None)
             for name, costs in models.items()
         )
 
@@ -115,9 +113,13 @@ class _Search:
     ) -> MemoryPlan | None:
         """The plan with these stages, if the rest fits beside them."""
         machine = self.machine
-        every = [(models[name], one) for name in models for one in stages[name]]
-        activations = max(c.activations_at(s.first, s.last, s.rows) for c, s in every)
-        workspace = max(c.workspace_at(s.first, s.last, s.rows) for c, s in every) * machine.lanes
+        running = [
+            self._staging(costs).bytes_of(one)
+            for name, costs in models.items()
+            for one in stages[name]
+        ]
+        activations = max(size for size, _ in running)
+        workspace = max(size for _, size in running) * machine.lanes
         if machine.lanes > 1:
             workspace = int(workspace * SHARED_ARENA_MARGIN)
         workspace += sum(costs.copies_bytes for costs in models.values())
@@ -172,14 +174,10 @@ class _Search:
                 for n in kept[name]
             ),
             request_s={
-                name: request_s(
-                    plan.costs[name],
-                    plan.stages[name],
-                    kept[name],
-                    self.machine,
-                    overlapped=plan.slots != 1,
+                name: self._staging(costs).request_s(
+                    plan.stages[name], kept[name], overlapped=plan.slots != 1
                 )
-                for name in plan.costs
+                for name, costs in plan.costs.items()
             },
         )
 

@@ -53,13 +53,14 @@ def choose_pinned(
 
 def _pins(sizes: Sequence[int], times: Sequence[float], rate: float, ring: int) -> set[int]:
     """Slices that the credit does not cover; the second turn of the cycle counts."""
-    credit, pins = 0.0, set[int]()
+    credit, most, pins = 0.0, float(ring), list[int]()
     for turn in range(2):
-        pins = set()
         for number, (size, seconds) in enumerate(zip(sizes, times, strict=True)):
             if credit >= size:
                 credit -= size
             elif turn:
-                pins.add(number)
-            credit = min(float(ring), credit + rate * seconds)
-    return pins
+                pins.append(number)
+            credit += rate * seconds
+            if credit > most:  # not min(): this is asked for every slice, some ten thousand times
+                credit = most
+    return set(pins)

@@ -1,4 +1,4 @@
-"""The placement that plans nothing: every server has whole models, as far as its memory goes."""
+"""Placements of whole models: on every server, as far as its memory goes, or one on each server."""
 
 from __future__ import annotations
 
@@ -44,6 +44,52 @@ def whole_models(cluster: Cluster) -> Placement:
     missing = set(wanted) - {column.model for here in placed for column in here}
     if missing:
         raise BudgetError(f"no server has memory for {', '.join(map(repr, sorted(missing)))}")
+    return _placement(cluster, placed)
+
+
+def models_apart(cluster: Cluster) -> Placement:
+    """Each server runs one whole model; servers are shared out by what the models' demand takes.
+
+    In turn, the model of which least of its demand would be served gets the server that is left on
+    which it is quickest; at first those that fit fewest servers. A batch never waits for another
+    model's, and nothing else takes memory.
+
+    Raises:
+        BudgetError: there are fewer servers than models, or none is left for a model that fits it.
+    """
+    columns = columns_of(cluster, dict.fromkeys(cluster.wanted, ()))
+    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    ways: dict[tuple[str, int], Column] = {}
+    for server in cluster.servers:
+        kind = kinds[server.kind]
+        for model in cluster.wanted:
+            own = [one for one in columns if (one.model, one.kind) == (model, kind)]
+            if (model, kind) not in ways and own and _fit(cluster, server, [model]):
+                ways[model, kind] = _way(own, model, room_on(server))
+    free: dict[int, list[int]] = {}
+    for number in reversed(range(len(cluster.servers))):
+        free.setdefault(kinds[cluster.servers[number].kind], []).append(number)
+    placed: list[tuple[Column, ...]] = [()] * len(cluster.servers)
+    served = dict.fromkeys(cluster.wanted, 0.0)
+    open_ = set(cluster.wanted)
+    while open_ and any(free.values()):
+        room = {name: sum(len(free[k]) for k in free if (name, k) in ways) for name in open_}
+        model = min(open_, key=lambda name: (served[name] / cluster.demand[name], room[name], name))
+        own = [ways[model, kind] for kind in free if free[kind] and (model, kind) in ways]
+        if not own:
+            open_.remove(model)
+            continue
+        best = min(own, key=lambda column: column.work_s)
+        placed[free[best.kind].pop()] = (best,)
+        served[model] += 1.0 / best.work_s
+    missing = [repr(name) for name in cluster.wanted if not served[name]]
+    if missing:
+        raise BudgetError(f"no server is left for {', '.join(missing)} alone")
+    return _placement(cluster, placed)
+
+
+def _placement(cluster: Cluster, placed: Sequence[tuple[Column, ...]]) -> Placement:
+    """Also of parts that the plain linear program sends nothing to."""
     plain = replace(cluster, limits_s={})
     flows = chosen(plain, Choice(tuple(placed)), "throughput")
     assert flows is not None, "whole models are chains"

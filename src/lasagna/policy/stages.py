@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Final
@@ -149,42 +148,6 @@ def exposed_s(
 def _slice_s(costs: ModelCosts, number: int, rows: int, machine: Machine) -> float:
     one = costs.slices[number]
     return machine.batch_s(one.compute_at(rows), one.compute_at(1)) + SLICE_S
-
-
-def request_s(
-    costs: ModelCosts,
-    stages: Sequence[Stage],
-    pinned: frozenset[int],
-    machine: Machine,
-    *,
-    overlapped: bool = True,
-) -> float:
-    """Seconds of the server for a request, when it is busy and batches are full.
-
-    Args:
-        costs: of the model.
-        stages: of it.
-        pinned: slices that are not loaded.
-        machine: that it runs on.
-        overlapped: False where the ring has a single slot: then loading does not overlap computing.
-    """
-    total = 0.0
-    for stage in stages:
-        streamed = sum(
-            costs.slices[n].weight_bytes for n in range(stage.first, stage.last) if n not in pinned
-        )
-        compute_s = machine.batch_s(
-            costs.compute_at(stage.first, stage.last, stage.rows),
-            costs.compute_at(stage.first, stage.last, 1),
-        )
-        compute_s += copy_s(costs, stage.first, stage.rows)
-        compute_s += SLICE_S * (stage.last - stage.first)
-        compute_s += sealing_s(costs, stage.first, stage.last, stage.rows)
-        load_s = streamed / machine.load_rate
-        bare_s = exposed_s(costs, stage.first, stage.last, stage.rows, pinned, machine)
-        visit = visit_s(compute_s, load_s, bare_s if overlapped else load_s, machine)
-        total += visit / stage.rows
-    return total
 
 
 def waiting_rows(before: Stage, after: Stage, lanes: int) -> int:

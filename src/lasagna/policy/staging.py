@@ -1,43 +1,76 @@
-"""Dividing a model into stages, so that a row takes the least time within so much memory."""
+"""Dividing a model into stages, so that a row takes the least time within so much memory.
+
+And what a request then takes.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 from lasagna.policy.costs import ModelCosts
-from lasagna.policy.stages import ROWS, SLICE_S, Machine, Stage, copy_s, exposed_s, visit_s
+from lasagna.policy.stages import (
+    ROWS,
+    SLICE_S,
+    Machine,
+    Stage,
+    copy_s,
+    exposed_s,
+    sealing_s,
+    visit_s,
+)
 
 
 class Staging:
     """One model on one machine: what does not depend on the memory is worked out once."""
 
     def __init__(self, costs: ModelCosts, machine: Machine, max_rows: int) -> None:
-        """Take sums over the slices.
+        """Sums over the slices are taken when they are asked for.
 
         Args:
             costs: of the model.
             machine: that it runs on.
             max_rows: of a batch; the model's own limit holds as well.
         """
-        every, none = range(len(costs.slices)), frozenset[int]()
         self._costs, self._machine = costs, machine
         self._rows = [rows for rows in ROWS if rows <= min(costs.max_rows, max_rows)] or [1]
-        self._sizes = [  # no batch takes less than a smaller one
+        self._visits: dict[tuple[int, int, int], float] = {}
+        self._computing: dict[Stage, float] = {}
+        self._bytes: dict[Stage, tuple[int, int]] = {}
+        self._limits_at: dict[int, tuple[int, ...]] = {}
+        self._within: dict[tuple[int, float | None, tuple[int, ...]], tuple[Stage, ...]] = {}
+
+    @cached_property
+    def _sizes(self) -> list[list[int]]:
+        """Bytes of a batch of each size in each slice; no batch takes less than a smaller one."""
+        costs = self._costs
+        return [
             list(accumulate((costs.bytes_at(n, n + 1, rows) for rows in self._rows), max))
-            for n in every
+            for n in range(len(costs.slices))
         ]
-        self._compute = {
-            rows: _sums(one.compute_at(rows) for one in costs.slices) for rows in self._rows
+
+    @cached_property
+    def _compute(self) -> dict[int, list[float]]:
+        return {
+            rows: _sums(one.compute_at(rows) for one in self._costs.slices) for rows in self._rows
         }
-        self._load = _sums(one.weight_bytes / machine.load_rate for one in costs.slices)
-        self._exposed = {
-            rows: _sums(exposed_s(costs, n, n + 1, rows, none, machine) for n in every)
+
+    @cached_property
+    def _load(self) -> list[float]:
+        return _sums(one.weight_bytes / self._machine.load_rate for one in self._costs.slices)
+
+    @cached_property
+    def _exposed(self) -> dict[int, list[float]]:
+        costs, none = self._costs, frozenset[int]()
+        return {
+            rows: _sums(
+                exposed_s(costs, n, n + 1, rows, none, self._machine)
+                for n in range(len(costs.slices))
+            )
             for rows in self._rows
         }
-        self._visits: dict[tuple[int, int, int], float] = {}
-        self._within: dict[tuple[int, float | None, tuple[int, ...]], tuple[Stage, ...]] = {}
 
     def one(self, each: int) -> tuple[Stage, ...]:
         """The whole model as one stage, with the largest batch that ``each`` bytes hold."""
@@ -57,32 +90,34 @@ class Staging:
         """
         limits = self._limits(each)
         room = self._machine.lanes * each if price is None else self._machine.budget
-        key = room, price, tuple(limits)
+        key = room, price, limits
         found = self._within.get(key)
         if found is None:
             found = self._within[key] = self._least(limits, room, price)
         return found
 
-    def _least(self, limits: list[int], room: int, price: float | None) -> tuple[Stage, ...]:
-        costs, lanes = self._costs, self._machine.lanes
-        count = len(costs.slices)
+    def _least(self, limits: Sequence[int], room: int, price: float | None) -> tuple[Stage, ...]:
+        lanes, sizes = self._machine.lanes, self._rows
+        count = len(self._costs.slices)
+        cut_bytes = [0, *self._costs.cut_bytes[1:]]
         best = [0.0] + [float("inf")] * count
         chosen = [(0, 0)] * (count + 1)
         for last in range(1, count + 1):
             limit = limits[last - 1]
             for first in range(last - 1, -1, -1):
-                limit = min(limit, limits[first])
+                if limits[first] < limit:
+                    limit = limits[first]
                 so_far, at = best[first], limit
-                before = self._rows[limits[first - 1] if price is None else chosen[first][1]]
-                crossing = costs.cut_bytes[first] * lanes if first else 0
-                while at > 0 and crossing * (2 * self._rows[at] + before) > room:
+                before = sizes[limits[first - 1] if price is None else chosen[first][1]]
+                crossing = cut_bytes[first] * lanes
+                while at > 0 and crossing * (2 * sizes[at] + before) > room:
                     at -= 1
-                if crossing * (2 * self._rows[at] + before) > room:
+                if crossing * (2 * sizes[at] + before) > room:
                     continue
                 held = (price or 0.0) * crossing
-                total = so_far + self._row_s(first, last, at) + held * (2 * self._rows[at] + before)
+                total = so_far + self._row_s(first, last, at) + held * (2 * sizes[at] + before)
                 while at > 0 and held:  # smaller batches, as long as what they save is worth it
-                    rows = self._rows[at - 1]
+                    rows = sizes[at - 1]
                     less = so_far + self._row_s(first, last, at - 1) + held * (2 * rows + before)
                     if less >= total:
                         break
@@ -93,13 +128,69 @@ class Staging:
         last = count
         while last:
             first, at = chosen[last]
-            stages.append(Stage(first, last, self._rows[at]))
+            stages.append(Stage(first, last, sizes[at]))
             last = first
         return tuple(reversed(stages))
 
-    def _limits(self, each: int) -> list[int]:
+    def request_s(
+        self, stages: Sequence[Stage], pinned: frozenset[int] | None, *, overlapped: bool = True
+    ) -> float:
+        """Seconds of the server for a request, when it is busy and batches are full.
+
+        Args:
+            stages: of the model.
+            pinned: slices that are not loaded; None if all are pinned.
+            overlapped: False where the ring has a single slot: then loading does not overlap
+                computing.
+        """
+        costs, machine, total = self._costs, self._machine, 0.0
+        for stage in stages:
+            streamed, bare_s = 0, 0.0
+            if pinned is not None:
+                first, last, rows = stage.first, stage.last, stage.rows
+                left = (n for n in range(first, last) if n not in pinned)
+                streamed = sum(costs.slices[n].weight_bytes for n in left)
+                bare_s = exposed_s(costs, first, last, rows, pinned, machine)
+            load_s = streamed / machine.load_rate
+            compute_s = self._computing_s(stage)
+            visit = visit_s(compute_s, load_s, bare_s if overlapped else load_s, machine)
+            total += visit / stage.rows
+        return total
+
+    def bytes_of(self, stage: Stage) -> tuple[int, int]:
+        """Bytes of a batch's activations, and of its kernels' workspace."""
+        found = self._bytes.get(stage)
+        if found is None:
+            first, last, rows = stage.first, stage.last, stage.rows
+            found = (
+                self._costs.activations_at(first, last, rows),
+                self._costs.workspace_at(first, last, rows),
+            )
+            self._bytes[stage] = found
+        return found
+
+    def _computing_s(self, stage: Stage) -> float:
+        """Seconds of a batch on one lane, with all that is done beside loading."""
+        found = self._computing.get(stage)
+        if found is None:
+            costs, machine = self._costs, self._machine
+            first, last, rows = stage.first, stage.last, stage.rows
+            found = machine.batch_s(
+                costs.compute_at(first, last, rows), costs.compute_at(first, last, 1)
+            )
+            found += copy_s(costs, first, rows)
+            found += SLICE_S * (last - first)
+            found += sealing_s(costs, first, last, rows)
+            self._computing[stage] = found
+        return found
+
+    def _limits(self, each: int) -> tuple[int, ...]:
         """Which of the batch sizes is the largest that fits, for each slice; the least if none."""
-        return [max(0, bisect_right(sizes, each) - 1) for sizes in self._sizes]
+        found = self._limits_at.get(each)
+        if found is None:
+            found = tuple(max(0, bisect_right(sizes, each) - 1) for sizes in self._sizes)
+            self._limits_at[each] = found
+        return found
 
     def _row_s(self, first: int, last: int, at: int) -> float:
         """Seconds a row of a stage with that batch size."""

@@ -11,7 +11,7 @@ from lasagna.policy.cluster import Cluster
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
 from lasagna.policy.plan import OBJECTIVES, Style, style_for
-from lasagna.policy.spread import whole_models
+from lasagna.policy.spread import models_apart, whole_models
 
 STYLES: Final[Mapping[str, Style]] = {
     "throughput": style_for("throughput"),
@@ -23,6 +23,7 @@ STYLES: Final[Mapping[str, Style]] = {
 SHARES: Final = (0.4, 1.0)
 """Of the time, at which the search for one plan, and for the other, is over."""
 WHOLE: Final = "whole models"
+APART: Final = "models apart"
 EARLIEST: Final = "earliest"
 """The rule for routes that knows most."""
 
@@ -58,13 +59,20 @@ def candidates(
         BudgetError: there is no plan.
     """
     wanted = options.objective
-    aims = list(STYLES) if wanted == "latency" else [wanted]
+    aims = sorted(STYLES, key=lambda aim: aim != wanted)
     objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
     placements: list[tuple[str, Placement]] = []
     planned = None
-    whole = _whole(cluster)
-    if whole is not None:
-        placements.append((WHOLE, whole))
+
+    def add(name: str, placement: Placement) -> None:
+        if all(set(placement.parts) != set(other.parts) for _, other in placements):
+            placements.append((name, placement))
+
+    for name, place in ((WHOLE, whole_models), (APART, models_apart)):
+        try:
+            add(name, place(cluster))
+        except BudgetError:
+            continue  # some model fits on no server whole, or gets none of its own
     begin_s = clock()
     for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
@@ -75,18 +83,10 @@ def candidates(
         if placement is None:  # no plan keeps the limits: then as well as can be
             placement = plan_cluster(replace(cluster, limits_s={}), own, clock=clock)
         planned = placement
-        if all(set(placement.parts) != set(other.parts) for _, other in placements):
-            placements.append((f"plan for {objective}", placement))
+        add(f"plan for {objective}", placement)
     assert planned is not None, "the last objective is the one that was asked for"
     found = [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
     return found, planned
-
-
-def _whole(cluster: Cluster) -> Placement | None:
-    try:
-        return whole_models(cluster)
-    except BudgetError:
-        return None  # some model fits on no server whole
 
 
 def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:

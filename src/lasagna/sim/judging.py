@@ -26,7 +26,7 @@ from lasagna.policy.placement import PlanOptions
 from lasagna.policy.plan import Objective
 from lasagna.policy.settle import Divisions, bounded, reckoned
 from lasagna.sim.arrivals import poisson, requests
-from lasagna.sim.candidates import EARLIEST, WHOLE, Candidate, candidates
+from lasagna.sim.candidates import APART, EARLIEST, WHOLE, Candidate, candidates
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.metrics import Outcome
 from lasagna.sim.options import Options
@@ -37,6 +37,8 @@ REQUESTS: Final = 600
 """Of one simulation: a mean within some percent."""
 SHORTEST_S: Final = 2.0
 """Of virtual time: some batches of each server."""
+FULL_S: Final = 15.0
+"""The same in overload, where batches are the largest, and rare models wait for theirs."""
 LONGEST_S: Final = 60.0
 """Of virtual time, unless there would be too few requests."""
 FEW: Final = 20
@@ -52,7 +54,7 @@ WARM: Final = 0.2
 MARGINS: Final[Mapping[Objective, float]] = {"throughput": 0.02, "latency": 0.04}
 """By which a plan must be better than a simpler one: less may be chance."""
 TIMELY: Final = 0.01
-"""Share of the answers in time that may be lost for a lower mean."""
+"""Share of all requests that may be late, instead of in time, for a lower mean."""
 CLOSE: Final = 0.3
 """By which the best must be better than another in a short simulation, for that to be out."""
 LONG: Final = 5
@@ -179,21 +181,13 @@ def plan_judged(
     return Judged(best.candidate, tuple(_in_order(known)), planned)
 
 
-def promised(
-    cluster: Cluster,
-    judged: Judged,
-    objective: Objective,
-    *,
-    clock: Callable[[], float] = lambda: 0.0,
-    until_s: float = math.inf,
-) -> Placement:
+def promised(cluster: Cluster, judged: Judged, objective: Objective) -> Placement:
     """The best plan with what its servers' divisions of memory promise, and with the bounds.
 
-    As many requests flow through its parts as were simulated. When the time is over (``until_s`` of
-    the clock), its own promises stay.
+    As many requests flow through its parts as were simulated.
     """
     own, planned = judged.best.placement, judged.planned
-    divisions = Divisions(cluster, clock, until_s, judged.best.style)
+    divisions = Divisions(cluster, lambda: 0.0, math.inf, judged.best.style)
     better = reckoned(cluster, own, objective, divisions)
     if better is not None:
         works = {part: one.work_s for part, one in better[1].parts.items()}
@@ -205,14 +199,16 @@ def promised(
 def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
     """Numbers of candidates in the order in which they are simulated, as time may not do for all.
 
-    The simplest and the plan for the objective, which aim at it; then the others of the simplest.
+    The simplest, the plan for the objective, and models apart, which aim at it; then the others of
+    the simplest.
     """
 
     def turn(number: int) -> tuple[int, int]:
         one = found[number]
-        if one.aim == objective and one.name in (WHOLE, f"plan for {objective}"):
-            return 0 if one.name == WHOLE else 1, number
-        return 2 if one.name == WHOLE else 3, number
+        first = (WHOLE, f"plan for {objective}", APART)
+        if one.aim == objective and one.name in first:
+            return first.index(one.name), number
+        return len(first) + (one.name != WHOLE), number
 
     return sorted(range(len(found)), key=turn)
 
@@ -221,7 +217,7 @@ def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
     """The first that no later one beats by more than chance, of those that are in time as often."""
     if objective == "latency":
         most = max(verdict.in_time for verdict in verdicts)
-        verdicts = [one for one in verdicts if one.in_time >= (1 - TIMELY) * most]
+        verdicts = [one for one in verdicts if one.in_time >= most - TIMELY]
     best = verdicts[0]
     for verdict in verdicts[1:]:
         one, other = verdict.candidate, best.candidate
@@ -275,7 +271,8 @@ class _Judge:
         rate = sum(self.cluster.demand[name] for name in self.cluster.wanted)
         if overloaded:
             rate *= OVERLOAD * max(other.placement.scale for other in self.found)
-        span_s = times * max(SHORTEST_S, FEW / rate, min(LONGEST_S, REQUESTS / rate))
+        least_s = FULL_S if overloaded else times * SHORTEST_S
+        span_s = max(least_s, times * max(FEW / rate, min(LONGEST_S, REQUESTS / rate)))
         span_s = min(span_s, times * MANY / rate)
         load = requests(
             np.random.default_rng((self.seed, times, 7, 1)),
