@@ -14,7 +14,7 @@ from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions
 from lasagna.policy.plan import Objective
 from lasagna.sim import judging
-from lasagna.sim.candidates import EARLIEST, Candidate
+from lasagna.sim.candidates import EARLIEST, Candidate, candidates
 from lasagna.sim.judging import (
     LONG,
     MARGINS,
@@ -153,12 +153,14 @@ def test_a_plan_that_is_hardly_better_does_not_displace_a_simple_one() -> None:
         assert best_of([plain, far], objective) is far
 
 
-def made(name: str, placement: Placement, in_time: float, mean_s: float) -> Verdict:
-    return Verdict(Candidate(name, placement, "latency"), 600, in_time, in_time, 1.0, mean_s)
+def made(
+    name: str, placement: Placement, in_time: float, mean_s: float, answered: float = 1.0
+) -> Verdict:
+    candidate = Candidate(name, placement, "latency")
+    return Verdict(candidate, 600, answered, in_time, in_time, 1.0, mean_s)
 
 
-def test_in_overload_what_is_answered_counts_as_a_share_of_what_others_answer() -> None:
-    """0.52 of the requests is 8 % more than 0.48, whatever the others' mean time is."""
+def test_who_answers_more_in_time_is_better_whatever_the_mean() -> None:
     here = everywhere(cluster(servers(2), {"a": SMALL}))
     more, less = made("more", here, 0.52, 1.0), made("less", replace(here), 0.48, 0.8)
     for both in ([more, less], [less, more]):
@@ -180,6 +182,37 @@ def test_where_next_to_nothing_is_in_time_the_mean_decides() -> None:
     lucky, quick = made("lucky", here, 0.008, 2.0), made("quick", replace(here), 0.004, 1.0)
     for both in ([lucky, quick], [quick, lucky]):
         assert best_of(both, "latency") is quick
+
+
+def test_who_leaves_requests_unanswered_is_not_quick_for_it() -> None:
+    """The mean is of answers: without those of a model that nobody serves it is lower."""
+    here = everywhere(cluster(servers(2), {"a": SMALL}))
+    starving = made("starving", here, 0.005, 0.1, answered=0.0)
+    slow = made("slow", replace(here), 0.0, 2.0)
+    for both in ([starving, slow], [slow, starving]):
+        assert best_of(both, "latency") is slow
+
+
+def test_each_model_on_servers_of_its_own_is_a_candidate() -> None:
+    """Models that would page each other's weights out, in overload: the better way is taken."""
+    large = model(6, 0.01, weight=14 * MB)
+    given = cluster(servers(4), {"a": large, "b": large}, rate=10.0)
+    found = judged(given, PlanOptions("throughput", 2.0))
+    apart = next(one for one in found.verdicts if one.candidate.name == "models apart")
+    parts = apart.candidate.placement.parts
+    assert sorted(part.server for part in parts) == sorted(one.name for one in given.servers)
+    assert {part.model for part in parts} == {"a", "b"}
+    assert verdict(found).carried >= (1 - MARGINS["throughput"]) * apart.carried
+
+
+def test_a_plan_with_the_parts_of_another_is_the_one_that_was_asked_for() -> None:
+    """Both searches may find the same parts; rates and promises are of the objective's."""
+    given = cluster(servers(3), {"b": LARGE}, rate=1.0)
+    for objective in ("throughput", "latency"):
+        found, planned = candidates(given, PlanOptions(objective, 2.0), lambda: 0.0)
+        same = [one for one in found if set(one.placement.parts) == set(planned.parts)]
+        assert same
+        assert {one.name for one in same} <= {"whole models", f"plan for {objective}"}
 
 
 def test_the_winner_is_tried_with_other_rules_for_routes() -> None:

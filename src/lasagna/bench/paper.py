@@ -5,9 +5,8 @@ that the kernel swaps are charged as published for ``sgx1-128``. Each cell is th
 each policy. *Capacity* is what the plan promises; load is a share of it. Lasagna's plan for a cell
 knows the expected load, and was chosen by simulations with other requests (``sim.judging``), with
 the style in which its servers divide memory. Those that are Lasagna but for their routes have that
-plan and that style; whole models have the style that was best for them there; for each other policy
-one is chosen in the same way. The limit for goodput is 3 times the unloaded latency of whole
-models.
+plan and that style; for each other policy the best style is chosen in the same way. The limit for
+goodput is 3 times the unloaded latency of whole models.
 
 The models are those of ``make bench-local``: six alone, and its three mixes (on 8 equal servers).
 
@@ -65,7 +64,7 @@ MIXED: Final = (8,)
 LINKS: Final = (1, 10, 100, 1000)
 MBIT: Final = 125_000.0
 REQUESTS: Final = 1500
-"""Of one cell, at most: enough for a mean within some percent."""
+"""Of one cell, unless they are rare: enough for a mean within some percent."""
 SPANS_S: Final = (3.0, 60.0)
 """Of virtual time, at least and at most: at least some batches of each server."""
 FULL_S: Final = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,10 +21,13 @@ def check_writable(*files: Path | None) -> None:
         UsageError: one is a folder, or is to be in a folder that is not there.
     """
     for file in filter(None, files):
-        if file.is_dir():
-            raise UsageError(f"can't write {file}: it is a folder")
-        if not file.parent.is_dir():
-            raise UsageError(f"can't write {file}: there is no folder {file.parent}")
+        try:
+            if file.is_dir():
+                raise UsageError(f"can't write {file}: it is a folder")
+            if not file.parent.is_dir():
+                raise UsageError(f"can't write {file}: there is no folder {file.parent}")
+        except OSError as error:  # such as a name that is too long
+            raise UsageError(f"can't write {file}: {error.strerror}") from None
 
 
 def check_drawable(picture: Path | None) -> None:
@@ -59,9 +63,11 @@ def write_figure(path: Path, figure: Figure) -> None:
     Raises:
         UsageError: it can't be written.
     """
+    drawn = BytesIO()  # a pipe can't be drawn into
     try:
-        figure.savefig(path, dpi=DPI, format=_ending(path))
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, dpi=DPI, format=_ending(path))
+        path.write_bytes(drawn.getvalue())
+    except (OSError, RuntimeError, ValueError) as error:  # a format may need another program
         raise UsageError(f"can't draw {path}: {error}") from None
 
 

@@ -87,23 +87,20 @@ def plan(
             lambda done, total: bar.update(task, completed=done, total=total),
             style=judged.best.style,  # as ``policy.settle`` has reckoned
         )
-    written = []
     report = msgspec.json.format(msgspec.json.encode(report_of(cluster, judged, lanes)))
-    if out:
-        write_file(out, report)
-        written.append(out)
-    if png:
-        plan_png(cluster, placement, lanes, png)
-        written.append(png)
-    if html:
-        plan_html(cluster, placement, lanes, html)
-        written.append(html)
-    for file in written:
-        typer.echo(f"wrote {file}", err=True)
     if json_:
         typer.echo(report.decode())
     else:
         _show(Console(), cluster, judged, lanes)
+    if out:
+        write_file(out, report)
+        typer.echo(f"wrote {out}", err=True)
+    if png:
+        plan_png(cluster, placement, lanes, png)
+        typer.echo(f"wrote {png}", err=True)
+    if html:
+        plan_html(cluster, placement, lanes, html)
+        typer.echo(f"wrote {html}", err=True)
 
 
 def _cluster(path: Path, models: Sequence[Path]) -> Cluster:

@@ -48,7 +48,7 @@ def whole_models(cluster: Cluster) -> Placement:
 
 
 def models_apart(cluster: Cluster) -> Placement:
-    """Each server runs one whole model; servers are shared out by what the models' demand takes.
+    """Each server runs one whole model, or none if none fits; servers are shared out by demand.
 
     In turn, the model of which least of its demand would be served gets the server that is left on
     which it is quickest; at first those that fit fewest servers. A batch never waits for another
@@ -60,11 +60,11 @@ def models_apart(cluster: Cluster) -> Placement:
     columns = columns_of(cluster, dict.fromkeys(cluster.wanted, ()))
     kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
     ways: dict[tuple[str, int], Column] = {}
-    for server in cluster.servers:
+    for server in kinds_of(cluster.servers):
         kind = kinds[server.kind]
         for model in cluster.wanted:
             own = [one for one in columns if (one.model, one.kind) == (model, kind)]
-            if (model, kind) not in ways and own and _fit(cluster, server, [model]):
+            if own and _fit(cluster, server, [model]):
                 ways[model, kind] = _way(own, model, room_on(server))
     free: dict[int, list[int]] = {}
     for number in reversed(range(len(cluster.servers))):

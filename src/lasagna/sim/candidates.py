@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster
+from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.placed import Placement
 from lasagna.policy.placement import PlanOptions, plan_cluster
 from lasagna.policy.plan import OBJECTIVES, Style, style_for
@@ -61,36 +61,30 @@ def candidates(
     wanted = options.objective
     aims = sorted(STYLES, key=lambda aim: aim != wanted)
     objectives = sorted(OBJECTIVES, key=lambda one: one == wanted)
-    placements: list[tuple[str, Placement]] = []
+    by_parts: dict[frozenset[Part], tuple[str, Placement]] = {}
     planned = None
-
-    def add(name: str, placement: Placement) -> None:
-        if all(set(placement.parts) != set(other.parts) for _, other in placements):
-            placements.append((name, placement))
-
     for name, place in ((WHOLE, whole_models), (APART, models_apart)):
         try:
-            add(name, place(cluster))
+            placement = place(cluster)
         except BudgetError:
             continue  # some model fits on no server whole, or gets none of its own
+        by_parts.setdefault(frozenset(placement.parts), (name, placement))
+    simple = set(by_parts)
     begin_s = clock()
     for objective, share in zip(objectives, SHARES, strict=True):
         left_s = begin_s + share * options.time_limit_s - clock()
         own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
-        placement = _plan(cluster, own, clock)
-        if placement is None and objective != wanted:
-            continue
-        if placement is None:  # no plan keeps the limits: then as well as can be
-            placement = plan_cluster(replace(cluster, limits_s={}), own, clock=clock)
-        planned = placement
-        add(f"plan for {objective}", placement)
+        try:
+            planned = placement = plan_cluster(cluster, own, clock=clock)
+        except BudgetError:
+            if objective != wanted:
+                continue
+            # No plan keeps the limits: then as well as can be.
+            free = replace(cluster, limits_s={})
+            planned = placement = plan_cluster(free, own, clock=clock)
+        if frozenset(placement.parts) not in simple:  # the plan that was asked for has its rates
+            by_parts[frozenset(placement.parts)] = f"plan for {objective}", placement
     assert planned is not None, "the last objective is the one that was asked for"
-    found = [Candidate(name, placement, aim) for name, placement in placements for aim in aims]
+    ways = by_parts.values()
+    found = [Candidate(name, placement, aim) for name, placement in ways for aim in aims]
     return found, planned
-
-
-def _plan(cluster: Cluster, options: PlanOptions, clock: Callable[[], float]) -> Placement | None:
-    try:
-        return plan_cluster(cluster, options, clock=clock)
-    except BudgetError:
-        return None

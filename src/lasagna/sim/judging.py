@@ -54,7 +54,7 @@ WARM: Final = 0.2
 MARGINS: Final[Mapping[Objective, float]] = {"throughput": 0.02, "latency": 0.04}
 """By which a plan must be better than a simpler one: less may be chance."""
 TIMELY: Final = 0.01
-"""Share of all requests that may be late, instead of in time, for a lower mean."""
+"""Share of a model's requests that may be late, or not answered, for a lower mean."""
 CLOSE: Final = 0.3
 """By which the best must be better than another in a short simulation, for that to be out."""
 LONG: Final = 5
@@ -76,14 +76,16 @@ class Verdict:
     Attributes:
         candidate: it.
         requests: that it was given. Verdicts on as many are comparable.
-        in_time: share of the requests that were answered within their limits, and
-        carried: these answers in multiples of the demand, of the model of which it is least.
+        answered: share of the requests that were, of the model of which it is least.
+        in_time: the same of those that were answered within their limits, and
+        carried: these answers in multiples of the demand.
         throughput: answers a second.
         mean_s: of an answer.
     """
 
     candidate: Candidate
     requests: int
+    answered: float
     in_time: float
     carried: float
     throughput: float
@@ -214,8 +216,14 @@ def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
 
 
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
-    """The first that no later one beats by more than chance, of those that are in time as often."""
+    """The first that no later one beats by more than chance, of those that serve as many.
+
+    For latency those that answer as many requests, then of these those that do so in time: who
+    leaves requests unanswered is not quick for it.
+    """
     if objective == "latency":
+        most = max(verdict.answered for verdict in verdicts)
+        verdicts = [one for one in verdicts if one.answered >= most - TIMELY]
         most = max(verdict.in_time for verdict in verdicts)
         verdicts = [one for one in verdicts if one.in_time >= most - TIMELY]
     best = verdicts[0]
@@ -246,7 +254,7 @@ def _finalists(known: Mapping[int, Verdict], objective: Objective) -> list[int]:
         number
         for number, one in known.items()
         if one.value(objective) >= (1 - CLOSE) * value
-        and (objective == "throughput" or one.in_time >= (1 - CLOSE) * in_time)
+        and (objective == "throughput" or one.in_time >= in_time - max(TIMELY, CLOSE * in_time))
     ]
     return sorted(close, key=lambda n: (known[n] is not best, -known[n].value(objective), n))
 
@@ -263,7 +271,10 @@ class _Judge:
     run: Options
 
     def verdict(self, number: int, times: int = 1) -> Verdict | None:
-        """Of a simulation of so many times as long as a short one, with requests of its own.
+        """Of a simulation with so many times as many requests as a short one, and others.
+
+        In overload ``FULL_S`` is enough for either.
+
 
         None where a server's own planner finds no room for what it is given.
         """
@@ -302,16 +313,18 @@ class _Judge:
         self, one: Candidate, outcome: Outcome, since_s: float, until_s: float
     ) -> Verdict | None:
         every = outcome.requests.figures(since_s=since_s)
-        in_time, carried = [], []
+        answered, in_time, carried = [], [], []
         for name in outcome.requests.models:
             own = outcome.requests.figures(name, since_s=since_s)
             answers = own.answered - own.late
             if own.count:
+                answered.append(own.answered / own.count)
                 in_time.append(answers / own.count)
             carried.append(answers / (until_s - since_s) / self.cluster.demand[name])
         return Verdict(
             one,
             len(outcome.requests),
+            min(answered, default=0.0),
             min(in_time, default=0.0),
             min(carried, default=0.0),
             every.throughput,
