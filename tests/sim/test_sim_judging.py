@@ -193,6 +193,15 @@ def test_who_leaves_requests_unanswered_is_not_quick_for_it() -> None:
         assert best_of(both, "latency") is slow
 
 
+def test_who_refuses_what_would_be_late_is_no_worse_for_it() -> None:
+    """More answers that come too late are none."""
+    here = everywhere(cluster(servers(2), {"a": SMALL}))
+    timely = made("timely", here, 0.8, 1.0, answered=0.8)
+    late = made("late", replace(here), 0.7, 0.9, answered=0.85)
+    for both in ([timely, late], [late, timely]):
+        assert best_of(both, "latency") is timely
+
+
 def test_each_model_on_servers_of_its_own_is_a_candidate() -> None:
     """Models that would page each other's weights out, in overload: the better way is taken."""
     large = model(6, 0.01, weight=14 * MB)

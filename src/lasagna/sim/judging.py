@@ -218,14 +218,14 @@ def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
     """The first that no later one beats by more than chance, of those that serve as many.
 
-    For latency those that answer as many requests, then of these those that do so in time: who
-    leaves requests unanswered is not quick for it.
+    For latency those that answer as many requests in time, then of these those that answer as many
+    at all: who leaves requests unanswered is not quick for it.
     """
     if objective == "latency":
-        most = max(verdict.answered for verdict in verdicts)
-        verdicts = [one for one in verdicts if one.answered >= most - TIMELY]
         most = max(verdict.in_time for verdict in verdicts)
         verdicts = [one for one in verdicts if one.in_time >= most - TIMELY]
+        most = max(verdict.answered for verdict in verdicts)
+        verdicts = [one for one in verdicts if one.answered >= most - TIMELY]
     best = verdicts[0]
     for verdict in verdicts[1:]:
         one, other = verdict.candidate, best.candidate
@@ -274,7 +274,6 @@ class _Judge:
         """Of a simulation with so many times as many requests as a short one, and others.
 
         In overload ``FULL_S`` is enough for either.
-
 
         None where a server's own planner finds no room for what it is given.
         """
