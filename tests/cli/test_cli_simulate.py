@@ -235,8 +235,9 @@ def test_load_is_a_share_of_what_a_plan_for_latency_sustains_too(folder: Path) -
         ("second = 3", "did you mean 'seconds'"),
         ("load = -1", "load"),
         ('arrivals = { kind = "steady" }', "arrivals.kind: 'steady'; there are "),
-        ('arrivals = { kind = "recorded" }', "file goes with kind"),
-        ('arrivals = { file = "x" }', "file goes with kind"),
+        ('arrivals = { kind = "recorded" }', "arrivals: the key 'file' is missing"),
+        ('arrivals = { file = "x" }', "arrivals: the key 'kind' is missing"),
+        ('arrivals = { kind = "mmpp", cv = 3 }', "arrivals: there is no key 'cv'"),
         ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
         (
             'trouble = [{ kind = "epc-taken", server = "s-1", at_s = 1 }]',

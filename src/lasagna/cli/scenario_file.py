@@ -33,15 +33,34 @@ _NotNegative = Annotated[float, Meta(ge=0, le=1e9)]
 _MAX_BYTES: Final = MIB
 
 
-class _Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: Literal["poisson", "gamma", "mmpp", "diurnal", "recorded"] = "poisson"
+class _Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    pass
+
+
+class _Poisson(_Arrivals, frozen=True, tag="poisson"):
+    pass
+
+
+class _Gamma(_Arrivals, frozen=True, tag="gamma"):
     cv: _Positive = 2.0
+
+
+class _Mmpp(_Arrivals, frozen=True, tag="mmpp"):
     busy: Annotated[float, Meta(ge=1, le=1000)] = 3.0
     busy_s: _Positive = 5.0
     calm_s: _Positive = 20.0
+
+
+class _Diurnal(_Arrivals, frozen=True, tag="diurnal"):
     swing: Annotated[float, Meta(ge=0, le=1)] = 0.5
     period_s: _Positive = 60.0
-    file: str = ""
+
+
+class _Recorded(_Arrivals, frozen=True, tag="recorded"):
+    file: Annotated[str, Meta(min_length=1)]
+
+
+_AnyArrivals: TypeAlias = _Poisson | _Gamma | _Mmpp | _Diurnal | _Recorded
 
 
 class _Trouble(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -102,7 +121,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detect_ms: _NotNegative = 1000.0
     noise: Annotated[float, Meta(ge=0, le=2)] = 0.0
     admission: bool = False
-    arrivals: _Arrivals = _Arrivals()
+    arrivals: _AnyArrivals = _Poisson()
     trouble: tuple[_Troubles, ...] = ()
     plan: _Plan = _Plan()
     replan: _Replan | None = None
@@ -130,6 +149,11 @@ class Scenario:
     settings: _File
 
     @property
+    def kind(self) -> str:
+        """Of arrivals, as the file has it."""
+        return str(self.settings.arrivals.__struct_config__.tag)
+
+    @property
     def replanning(self) -> Replanning | None:
         """How policies that plan look for other placements; None if the file asks for none."""
         how = self.settings.replan
@@ -151,8 +175,8 @@ class Scenario:
         """
         settings, cluster = self.settings, self.cluster
         rate = self.rate(throughput)
-        if settings.arrivals.kind == "recorded":
-            return self._recorded()
+        if isinstance(settings.arrivals, _Recorded):
+            return self._recorded(settings.arrivals.file)
         times = _times(settings.arrivals, rate, np.random.default_rng((settings.seed, 1)))
         rng, limits_s = np.random.default_rng((settings.seed, 2)), dict(cluster.limits_s)
         mixes = [(0.0, cluster.demand), *((one.at_s, one.demand) for one in settings.mix)]
@@ -168,10 +192,10 @@ class Scenario:
             for number, own in takewhile(lambda span: span[0] < len(mixes), spans)
         )
 
-    def _recorded(self) -> Iterator[Arrival]:
+    def _recorded(self, file: str) -> Iterator[Arrival]:
         """Those of the first ``seconds``; limits are the cluster's, where a line has none."""
         limits_s = self.cluster.limits_s
-        for one in recorded(self.path.parent / self.settings.arrivals.file):
+        for one in recorded(self.path.parent / file):
             if one.at_s > self.settings.seconds:
                 return
             limit_s = limits_s.get(one.model) if one.limit_s is None else one.limit_s
@@ -202,10 +226,8 @@ def read_scenario(path: Path) -> Scenario:
             raise UsageError(f"{path}, policies: {name!r}; {nearest(name, CLUSTER_POLICIES)}")
     if file.warm_up_s >= file.seconds:
         raise UsageError(f"{path}: warm_up_s must be less than seconds, {file.seconds:g}")
-    if (file.arrivals.kind == "recorded") != bool(file.arrivals.file):
-        raise UsageError(f'{path}, [arrivals]: file goes with kind = "recorded", and the reverse')
     _check_mixes(file, cluster, path)
-    if file.arrivals.file:
+    if isinstance(file.arrivals, _Recorded):
         _check_recorded(path.parent / file.arrivals.file, cluster)
     return Scenario(
         path,
@@ -229,7 +251,7 @@ def _check_mixes(file: _File, cluster: Cluster, path: Path) -> None:
                 )
         if not any(one.demand.values()):
             raise UsageError(f"{path}, [[mix]] at {one.at_s:g}: one demand must be above 0")
-    if file.mix and file.arrivals.kind == "recorded":
+    if file.mix and isinstance(file.arrivals, _Recorded):
         raise UsageError(f"{path}, [[mix]]: recorded arrivals have a mix of their own")
 
 
@@ -242,16 +264,15 @@ def _check_recorded(path: Path, cluster: Cluster) -> None:
             )
 
 
-def _times(arrivals: _Arrivals, rate: float, rng: np.random.Generator) -> Iterator[float]:
-    match arrivals.kind:
-        case "gamma":
-            return gamma(rng, rate, arrivals.cv)
-        case "mmpp":  # its mean rate is the one that is asked for
-            busy_s, calm_s = arrivals.busy_s, arrivals.calm_s
-            calm = rate * (busy_s + calm_s) / (arrivals.busy * busy_s + calm_s)
-            return mmpp(rng, (calm, arrivals.busy * calm), (calm_s, busy_s))
-        case "diurnal":
-            return diurnal(rng, rate, arrivals.swing, arrivals.period_s)
+def _times(arrivals: _AnyArrivals, rate: float, rng: np.random.Generator) -> Iterator[float]:
+    match arrivals:
+        case _Gamma(cv=cv):
+            return gamma(rng, rate, cv)
+        case _Mmpp(busy=busy, busy_s=busy_s, calm_s=calm_s):  # ``rate`` is the mean
+            calm = rate * (busy_s + calm_s) / (busy * busy_s + calm_s)
+            return mmpp(rng, (calm, busy * calm), (calm_s, busy_s))
+        case _Diurnal(swing=swing, period_s=period_s):
+            return diurnal(rng, rate, swing, period_s)
         case _:
             return poisson(rng, rate)
 

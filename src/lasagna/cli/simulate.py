@@ -22,7 +22,7 @@ from lasagna.cli.files import check_drawable, check_writable, write_figure, writ
 from lasagna.cli.plan import silent_library
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
-from lasagna.errors import LasagnaError
+from lasagna.errors import BudgetError, LasagnaError
 from lasagna.policy.plan import Style
 from lasagna.sim.arrivals import Arrival
 from lasagna.sim.candidates import STYLES, Candidate
@@ -90,14 +90,21 @@ def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, Style, float
 
     cluster, options = scenario.cluster, scenario.plan
     with silent_library():
-        plan = plan_cluster(cluster, options, clock=time.monotonic)
+        try:
+            plan = plan_cluster(cluster, options, clock=time.monotonic)
+        except BudgetError:
+            if not (scenario.settings.plan.simulate and cluster.limits_s):
+                raise
+            # No plan keeps the limits: simulations say which keeps them most often.
+            free = replace(cluster, limits_s={})
+            plan = plan_cluster(free, options, clock=time.monotonic)
         throughput = plan.throughput
         if not scenario.settings.plan.simulate:
             plain = Candidate(f"plan for {options.objective}", plan, options.objective)
             return plain, plain.style, throughput
         scale = scenario.rate(throughput) / sum(cluster.demand.values())
         demand = {name: scale * rate for name, rate in cluster.demand.items()}
-        if scenario.settings.arrivals.kind == "recorded":
+        if scenario.kind == "recorded":
             asked = Counter(one.model for one in scenario.arrivals(throughput))
             if asked:
                 demand = {name: asked[name] / scenario.settings.seconds for name in cluster.models}
@@ -212,8 +219,8 @@ def _show(
 ) -> None:
     settings = scenario.settings
     rate = scenario.rate(throughput)
-    at = "" if settings.arrivals.kind == "recorded" else f" at {rate:.3g}/s"
-    head = f"Simulated: {settings.seconds:g} s of {settings.arrivals.kind} arrivals{at}"
+    at = "" if scenario.kind == "recorded" else f" at {rate:.3g}/s"
+    head = f"Simulated: {settings.seconds:g} s of {scenario.kind} arrivals{at}"
     console.print(Text(f"{head}; a plan can have {throughput:.3g}/s", style="bold"))
     console.print(
         f"Lasagna has: {chosen.name}, servers' memory divided for {chosen.aim}, "
@@ -261,7 +268,7 @@ def _table(console: Console, outcomes: Mapping[str, Outcome], since_s: float) ->
 
 
 def _in_time(figures: Figures) -> str:
-    """Of all requests, as `lasagna plan --simulate` has it: who answers few is not in time."""
+    """Of all requests, not of all answers: who answers few is not in time."""
     if not figures.count:
         return "-"
     return f"{100 * (figures.answered - figures.late) / figures.count:.0f} %"

@@ -2,10 +2,11 @@
 
 Candidates are columns (``policy.columns``): parts with batch sizes, pinned or streamed. First a
 linear program without memory limits (``policy.flow.relaxed``) says what no choice of columns can
-exceed, and which columns are worth having. Its answer is rounded to whole servers. Then a few
-servers at a time are chosen anew by a small mixed-integer program, with the others as they are,
-until that no longer helps or the time is over. Small clusters are given to the integer program
-whole; with all columns and no limit of time it is exact, which the tests of the fast way use.
+exceed, and which columns are worth having. Then columns are exchanged one server at a time
+(``policy.exchange``); in a small cluster that is planned for latency its answer is rounded to whole
+servers instead. A mixed-integer program goes on from there: with a small cluster as a whole, with a
+few servers at a time of a large one, until that no longer helps or the time is over. With all
+columns and no limit of time the program is exact, which the tests of the fast way use.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ CLOSE: Final = 0.3
 """By which the best must be better than another in a short simulation, for that to be out."""
 LONG: Final = 5
 """Times as many requests in the run-off."""
-JUDGING: Final = 3.0
-"""Times the search's time, after which no other short simulation begins."""
+JUDGING: Final = 2.5
+"""Times the search's time, after which no other short simulation begins. The rest is for longer
+ones: many short ones without them would choose the luckiest."""
 RUN_OFF: Final = 4.0
 """Times the search's time, after which no other long one begins."""
 ROUTING: Final = 4.5
@@ -162,6 +163,11 @@ def plan_judged(
             break
         if (verdict := judge.verdict(number)) is not None:
             known[number] = verdict
+    for number in _other_aims(found, known, objective):
+        if over(JUDGING):
+            break
+        if (verdict := judge.verdict(number)) is not None:
+            known[number] = verdict
     if not known:
         return Judged(found[-1], (), planned)
     last: dict[int, Verdict] = {}
@@ -199,20 +205,23 @@ def promised(cluster: Cluster, judged: Judged, objective: Objective) -> Placemen
 
 
 def _promising(found: Sequence[Candidate], objective: Objective) -> list[int]:
-    """Numbers of candidates in the order in which they are simulated, as time may not do for all.
+    """Numbers of those that aim at the objective, in the order in which they are simulated.
 
-    The simplest, the plan for the objective, and models apart, which aim at it; then the others of
-    the simplest.
+    The simplest, the plan for the objective, models apart, and the other plan.
     """
+    first = (WHOLE, f"plan for {objective}", APART)
+    own = [number for number, one in enumerate(found) if one.aim == objective]
+    order = {name: place for place, name in enumerate(first)}
+    return sorted(own, key=lambda number: order.get(found[number].name, len(first)))
 
-    def turn(number: int) -> tuple[int, int]:
-        one = found[number]
-        first = (WHOLE, f"plan for {objective}", APART)
-        if one.aim == objective and one.name in first:
-            return first.index(one.name), number
-        return len(first) + (one.name != WHOLE), number
 
-    return sorted(range(len(found)), key=turn)
+def _other_aims(
+    found: Sequence[Candidate], known: Mapping[int, Verdict], objective: Objective
+) -> list[int]:
+    """Numbers of the other ones, those with the placement that was best so far first."""
+    value = {one.candidate.name: one.value(objective) for one in known.values()}
+    others = [number for number, one in enumerate(found) if one.aim != objective]
+    return sorted(others, key=lambda number: -value.get(found[number].name, 0.0))
 
 
 def best_of(verdicts: Sequence[Verdict], objective: Objective) -> Verdict:
@@ -247,7 +256,10 @@ def _in_order(verdicts: Mapping[int, Verdict]) -> list[Verdict]:
 
 
 def _finalists(known: Mapping[int, Verdict], objective: Objective) -> list[int]:
-    """Numbers of the best and of those that it doesn't leave far behind, the better ones first."""
+    """Numbers of the best and of those that it doesn't leave far behind.
+
+    The best first, then the simplest, since nothing is to lose to that, and then the better ones.
+    """
     best = best_of(_in_order(known), objective)
     value, in_time = best.value(objective), best.in_time
     close = [
@@ -256,7 +268,10 @@ def _finalists(known: Mapping[int, Verdict], objective: Objective) -> list[int]:
         if one.value(objective) >= (1 - CLOSE) * value
         and (objective == "throughput" or one.in_time >= in_time - max(TIMELY, CLOSE * in_time))
     ]
-    return sorted(close, key=lambda n: (known[n] is not best, -known[n].value(objective), n))
+    plain = min(close)
+    return sorted(
+        close, key=lambda n: (known[n] is not best, n != plain, -known[n].value(objective), n)
+    )
 
 
 @dataclass(frozen=True, slots=True)
