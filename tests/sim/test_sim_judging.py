@@ -49,6 +49,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulations of fewer requests, for tests of what is made of them."""
     monkeypatch.setattr(judging, "REQUESTS", 150)
     monkeypatch.setattr(judging, "SHORTEST_S", 0.5)
+    monkeypatch.setattr(judging, "SETTLING_S", 0.0)
     monkeypatch.setattr(judging, "FULL_S", 0.5)
 
 

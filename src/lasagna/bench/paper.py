@@ -69,6 +69,8 @@ SPANS_S: Final = (3.0, 60.0)
 """Of virtual time, at least and at most: at least some batches of each server."""
 FULL_S: Final = 10.0
 """At least in overload: what the largest batches hold at the end is little of it."""
+MIXED_S: Final = 30.0
+"""The same with several models, among which servers divide memory as they come to know the mix."""
 WARM: Final = 0.3
 PLAN_S: Final = 10.0
 PLAN_EACH_S: Final = 5.0
@@ -201,7 +203,9 @@ def _ways(case: Case, cluster: Cluster, chosen: Candidate, name: str) -> list[Pr
 
 
 def _simulate(case: Case, rate: float, ready: Prepared, planner: Planner, seed: int) -> Figures:
-    least_s = FULL_S if case.load > 1.0 else SPANS_S[0]
+    least_s = MIXED_S if len(ready.cluster.wanted) > 1 else SPANS_S[0]
+    if case.load > 1.0:
+        least_s = FULL_S
     span_s = min(max(least_s, REQUESTS / rate), SPANS_S[1]) if case.load else 20 / rate
     load = requests(
         np.random.default_rng((seed, 2)),

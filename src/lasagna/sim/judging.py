@@ -37,6 +37,8 @@ REQUESTS: Final = 600
 """Of one simulation: a mean within some percent."""
 SHORTEST_S: Final = 2.0
 """Of virtual time: some batches of each server."""
+SETTLING_S: Final = 3.0
+"""More for each further model: servers divide memory among them as they come to know the mix."""
 FULL_S: Final = 15.0
 """The same in overload, where batches are the largest, and rare models wait for theirs."""
 LONGEST_S: Final = 60.0
@@ -296,7 +298,8 @@ class _Judge:
         rate = sum(self.cluster.demand[name] for name in self.cluster.wanted)
         if overloaded:
             rate *= OVERLOAD * max(other.placement.scale for other in self.found)
-        least_s = FULL_S if overloaded else times * SHORTEST_S
+        settled_s = SHORTEST_S + SETTLING_S * (len(self.cluster.wanted) - 1)
+        least_s = FULL_S if overloaded else times * settled_s
         span_s = max(least_s, times * max(FEW / rate, min(LONGEST_S, REQUESTS / rate)))
         span_s = min(span_s, times * MANY / rate)
         load = requests(
