@@ -70,7 +70,7 @@ SPANS_S: Final = (3.0, 60.0)
 FULL_S: Final = 10.0
 """At least in overload: what the largest batches hold at the end is little of it."""
 MIXED_S: Final = 30.0
-"""The same with several models, among which servers divide memory as they come to know the mix."""
+"""At least with several models: servers divide memory among them as they come to know the mix."""
 WARM: Final = 0.3
 PLAN_S: Final = 10.0
 PLAN_EACH_S: Final = 5.0
