@@ -61,7 +61,7 @@ test-integration: $(VENV)/.stamp-test ## the tests with real enclaves, servers a
 	@$(BIN)/pytest -m 'integration and not slow'
 
 .PHONY: test-slow
-test-slow: $(VENV)/.stamp-test ## the tests with large networks
+test-slow: $(VENV)/.stamp-test ## the tests with large networks, and with many plans
 	$(call say,slow tests)
 	@$(BIN)/pytest -m slow
 

@@ -162,6 +162,7 @@ def test_what_is_pinned_fits_the_server(cluster: Cluster, placement: Placement) 
             assert sorted(numbers) == list(range(part.first, part.last))
 
 
+@pytest.mark.slow
 def test_a_real_plan_of_the_example(tmp_path: Path) -> None:
     """The example cluster, real costs of two models, and the real planner, without a terminal."""
     cluster = tmp_path / "cluster.toml"

@@ -14,7 +14,6 @@ from tests.policy.machine import MB, linear
 from typer.testing import CliRunner, Result
 
 from lasagna.cli import main
-from lasagna.policy import placement as placement_module
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import BATCHES, ModelCosts
 from lasagna.policy.placed import Bound, PartCosts, Placement
@@ -81,7 +80,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[PlanOptions]:
         found.append(options)
         return PLACEMENT
 
-    monkeypatch.setattr(placement_module, "plan_cluster", planned)
+    monkeypatch.setattr("lasagna.cli.plan.plan_cluster", planned)
     monkeypatch.setenv("COLUMNS", "80")
     return found
 
@@ -92,7 +91,7 @@ def plan(*arguments: str | Path) -> Result:
 
 def plan_instead(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     changed = replace(PLACEMENT, **changes)
-    monkeypatch.setattr(placement_module, "plan_cluster", lambda *_, **__: changed)
+    monkeypatch.setattr("lasagna.cli.plan.plan_cluster", lambda *_, **__: changed)
 
 
 def test_tables_show_each_part_what_limits_and_how_good_it_is(files: list[Path]) -> None:

@@ -172,6 +172,7 @@ def test_the_mix_shifts_when_it_is_to_and_the_rate_stays(folder: Path) -> None:
     assert early == pytest.approx(len(arrivals) / 2, rel=0.15)
 
 
+@pytest.mark.slow
 def test_simulations_choose_the_plan_if_they_are_to(folder: Path) -> None:
     """Two equal servers and a model that fits both: nothing is better than the simplest."""
     path = Path(scenario(folder, 'policies = ["lasagna", "whole-model"]'))

@@ -72,24 +72,27 @@ def check(scheduler: Scheduler) -> None:
             there = sum(rows for at, rows in started if at in (index, index - 1))
             assert stage.held == stage.waiting_rows + there
             assert not index or stage.held <= stage.capacity
-    inside = Counter[int]()
+    inside, begins, runs = Counter[int](), Counter[int](), set[int]()
     for model in scheduler._models.values():
-        for part in (part for stage in model.stages for part in stage.waiting):
-            inside[part.request] += part.count
+        for index, stage in enumerate(model.stages):
+            for part in stage.waiting:
+                inside[part.request] += part.count
+                if not index:
+                    begins[part.request] += part.count
     for part in (part for run, *_ in running for part in run.batch):
         inside[part.request] += part.count
+        runs.add(part.request)
     for number, request in scheduler._requests.items():
         model = scheduler._models[request.facts.model]
         outside = model.outside.left(number)
         assert outside + inside[number] == request.left
         assert request.left > 0
-        begins = model.stages[0].waiting if model.stages else ()
-        untaken = outside + sum(part.count for part in begins if part.request == number)
+        untaken = outside + begins[number]
         assert request.untaken == untaken
         assert (request.phase is Phase.INSIDE) == (untaken == 0)
         if request.phase in (Phase.WAITING, Phase.AGAIN):
             assert untaken == request.facts.rows
-            assert not any(part.request == number for run, *_ in running for part in run.batch)
+            assert number not in runs
     lanes = scheduler._arranger.machine.lanes
     assert len(running) <= scheduler._arranger.machine.most_runs
     assert set(scheduler._running.began_s) == set(list(scheduler._running)[:lanes])

@@ -326,6 +326,27 @@ def test_a_belief_is_never_negative_nor_more_than_was_sent(
     assert 0.0 <= belief.backlog_s(now_s) <= total_s + 1e-9
 
 
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1)), max_size=30),
+    st.floats(0, 10),
+    st.floats(0, 5),
+)
+def test_a_report_is_on_top_of_what_comes_in_after_it_was_measured(
+    sends: list[tuple[float, float]], measured_s: float, backlog_s: float
+) -> None:
+    """In the order in which it was sent, as if the balancer had begun with the report."""
+    belief, anew = Belief(server("a")), Belief(server("a"))
+    anew.work.fill(measured_s, backlog_s)
+    for at_s, work_s in sends:
+        belief.send(at_s, work_s)
+        if at_s > measured_s:
+            anew.send(at_s, work_s)
+    for _ in range(2):  # the same report again says nothing else
+        belief.report(measured_s, backlog_s, 1.0)
+        for now_s in (measured_s, 10.0, 20.0):
+            assert belief.backlog_s(now_s) == anew.backlog_s(now_s)
+
+
 def test_media_splits_what_pages_and_keeps_together_what_fits() -> None:
     """Merged while it fits; over slow links paging is cheaper than carrying."""
     paging = {f"s{n}": Paging(42 * MB, 11.5e-6) for n in range(4)}

@@ -73,7 +73,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
     return cluster(servers, models)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(clusters())
 def test_each_slice_is_somewhere_and_each_server_can_hold_what_it_gets(given_: Cluster) -> None:
     """Every model has chains, every server's own planner accepts its parts, bounds hold."""
@@ -210,7 +210,8 @@ def test_a_demand_that_nobody_can_serve_has_no_latency_and_no_bound_on_it() -> N
     assert fast.scale <= fast.bound.value * (1 + 1e-6) < 1
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(clusters(), st.floats(0.01, 30.0))
 def test_no_plan_is_faster_than_the_bound(given_: Cluster, rate: float) -> None:
     """Neither the exact one, nor the quick one, nor what servers' own planners make of it."""
@@ -264,6 +265,7 @@ def test_a_server_too_small_for_anything_gets_nothing(others: int) -> None:
     assert {part.server for part in plan.parts} == {one.name for one in large}
 
 
+@pytest.mark.slow
 def test_many_models_find_room_on_few_servers() -> None:
     """Where shares of time can't be rounded, every model still gets a chain."""
     costs = linear([4 * MB] * 3, [200_000] * 3, [0.003] * 3)

@@ -99,7 +99,7 @@ def test_tenants_get_their_shares_at_saturation() -> None:
     model = linear([MB, MB], [10_000, 10_000], [0.01, 0.02])
     settings = Settings(1000, weights=GOLD_AND_PLAIN)
     rig = enclave({"a": model, "b": model}, settings=settings)
-    done = served(rig, 60.0, 200, dict.fromkeys(GOLD_AND_PLAIN, "ab"))  # over two batches of each
+    done = served(rig, 30.0, 200, dict.fromkeys(GOLD_AND_PLAIN, "ab"))  # over two batches of each
     assert done["gold"] / done["plain"] == pytest.approx(2.0, rel=0.1)
 
 
@@ -116,7 +116,7 @@ def test_tenants_get_their_shares_when_everybody_has_waited_for_too_long() -> No
 def test_tenants_of_different_models_get_their_shares() -> None:
     settings = Settings(1000, weights=GOLD_AND_PLAIN)
     rig = enclave({"a": SMALL, "b": SMALL}, settings=settings)
-    done = served(rig, 10.0, 200, {"gold": "a", "plain": "b"})
+    done = served(rig, 4.0, 200, {"gold": "a", "plain": "b"})
     assert done["gold"] / done["plain"] == pytest.approx(2.0, rel=0.1)
 
 
@@ -132,7 +132,7 @@ def test_a_cold_model_of_several_stages_does_not_starve_beside_a_hot_one() -> No
 
 
 def test_nobody_starves_behind_a_higher_priority() -> None:
-    patience_s = 2.0
+    patience_s = 1.0
     rig = enclave({"a": SMALL}, settings=Settings(patience_s=patience_s))
     rig.arrive(1, "a", priority=0)
     rig.arrive(2, "a", priority=9)
@@ -143,11 +143,11 @@ def test_nobody_starves_behind_a_higher_priority() -> None:
         if number % 50 == 0:
             late.append((number, rig.now_s))
 
-    saturate(rig, 20.0, each, start=3)
+    saturate(rig, 8.0, each, start=3)
     longest = max(rig.answered[n] - since for n, since in late if n in rig.answered)
     # The bound: patience, then the rows that became impatient before, and a visit that runs.
     assert longest < patience_s + 0.5
-    assert all(n in rig.answered for n, since in late if since < 17.0)
+    assert all(n in rig.answered for n, since in late if since < 6.5)
 
 
 def test_what_would_be_late_is_refused_at_once_and_says_when_to_come_back() -> None:

@@ -28,6 +28,7 @@ from lasagna.errors import UsageError
 from lasagna.policy.cluster import Cluster, Part
 from lasagna.policy.costs import Forms
 from lasagna.policy.placed import PartCosts, Placement
+from lasagna.policy.placement import PlanOptions, plan_cluster
 from lasagna.policy.plan import Objective, objective_named
 from lasagna.sim.candidates import EARLIEST, Candidate
 from lasagna.sim.judging import Judged, plan_judged, promised
@@ -127,8 +128,6 @@ def read_models(paths: Sequence[Path]) -> dict[str, Forms]:
 def _judged(
     cluster: Cluster, objective: Objective, time_limit_s: float, *, simulate: bool
 ) -> Judged:
-    from lasagna.policy.placement import PlanOptions, plan_cluster  # with a solver of some size
-
     options = PlanOptions(objective=objective, time_limit_s=time_limit_s)
     with silent_library():
         if simulate:

@@ -22,10 +22,11 @@ from lasagna.cli.files import check_drawable, check_writable, write_figure, writ
 from lasagna.cli.plan import silent_library
 from lasagna.cli.plan_drawing import plain
 from lasagna.cli.scenario_file import Scenario, read_scenario
-from lasagna.errors import BudgetError, LasagnaError
+from lasagna.errors import LasagnaError
+from lasagna.policy.placement import plan_cluster
 from lasagna.policy.plan import Style
 from lasagna.sim.arrivals import Arrival
-from lasagna.sim.candidates import STYLES, Candidate
+from lasagna.sim.candidates import STYLES, Candidate, plan_or_best_effort
 from lasagna.sim.cluster import VirtualCluster
 from lasagna.sim.judging import plan_judged
 from lasagna.sim.metrics import Figures, Outcome
@@ -86,22 +87,13 @@ def simulate(
 
 def _plan(scenario: Scenario, planner: Planner) -> tuple[Candidate, Style, float]:
     """The plan that Lasagna runs; in which style others divide memory; most requests a second."""
-    from lasagna.policy.placement import plan_cluster  # with a solver of some size
-
     cluster, options = scenario.cluster, scenario.plan
     with silent_library():
-        try:
-            plan = plan_cluster(cluster, options, clock=time.monotonic)
-        except BudgetError:
-            if not (scenario.settings.plan.simulate and cluster.limits_s):
-                raise
-            # No plan keeps the limits: simulations say which keeps them most often.
-            free = replace(cluster, limits_s={})
-            plan = plan_cluster(free, options, clock=time.monotonic)
-        throughput = plan.throughput
         if not scenario.settings.plan.simulate:
-            plain = Candidate(f"plan for {options.objective}", plan, options.objective)
-            return plain, plain.style, throughput
+            plan = plan_cluster(cluster, options, clock=time.monotonic)
+            only = Candidate(f"plan for {options.objective}", plan, options.objective)
+            return only, only.style, plan.throughput
+        throughput = plan_or_best_effort(cluster, options, clock=time.monotonic).throughput
         scale = scenario.rate(throughput) / sum(cluster.demand.values())
         demand = {name: scale * rate for name, rate in cluster.demand.items()}
         if scenario.kind == "recorded":

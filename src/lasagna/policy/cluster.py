@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TypeAlias
 
 import msgspec
 
 from lasagna.errors import UsageError
 from lasagna.policy.costs import SLICED, Forms, ModelCosts, SliceCosts
 from lasagna.policy.stages import Machine
+
+Kind: TypeAlias = tuple[Machine, float, float, float]
+"""Servers of one kind can stand in for each other: machine, speed, bandwidth and delay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,8 @@ class Server:
     delay_s: float = 0.0002
 
     @property
-    def kind(self) -> tuple[Machine, float, float, float]:
-        """Servers of one kind can stand in for each other."""
+    def kind(self) -> Kind:
+        """What it has in common with those that can stand in for it."""
         return self.machine, self.speed, self.bandwidth, self.delay_s
 
 

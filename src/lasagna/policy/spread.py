@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lasagna.errors import BudgetError
-from lasagna.policy.cluster import Cluster, Part, Server, part_of
+from lasagna.policy.cluster import Cluster, Kind, Part, Server, part_of
 from lasagna.policy.columns import Column, columns_of, kinds_of, room_on
 from lasagna.policy.flow import Choice, chosen
 from lasagna.policy.memory import require_fits
@@ -21,12 +21,11 @@ def whole_models(cluster: Cluster) -> Placement:
         BudgetError: some model fits on no server.
     """
     wanted = cluster.wanted
-    columns = columns_of(cluster, dict.fromkeys(wanted, ()))
-    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    kinds, ways_on = _whole_columns(cluster)
     placed: list[tuple[Column, ...]] = []
     chosen_by: dict[tuple[int, int], tuple[Column, ...]] = {}
     for number, server in enumerate(cluster.servers):
-        ways = [column for column in columns if column.kind == kinds[server.kind]]
+        ways = ways_on.get(kinds[server.kind], [])
         known = {column.model for column in ways}
         turn = number * len(wanted) // len(cluster.servers)
         alike = chosen_by.get((kinds[server.kind], turn))
@@ -57,15 +56,14 @@ def models_apart(cluster: Cluster) -> Placement:
     Raises:
         BudgetError: there are fewer servers than models, or none is left for a model that fits it.
     """
-    columns = columns_of(cluster, dict.fromkeys(cluster.wanted, ()))
-    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    kinds, ways_on = _whole_columns(cluster)
     ways: dict[tuple[str, int], Column] = {}
     for server in kinds_of(cluster.servers):
         kind = kinds[server.kind]
         for model in cluster.wanted:
-            own = [one for one in columns if (one.model, one.kind) == (model, kind)]
-            if own and _fit(cluster, server, [model]):
-                ways[model, kind] = _way(own, model, room_on(server))
+            here = ways_on.get(kind, [])
+            if any(one.model == model for one in here) and _fit(cluster, server, [model]):
+                ways[model, kind] = _way(here, model, room_on(server))
     free: dict[int, list[int]] = {}
     for number in reversed(range(len(cluster.servers))):
         free.setdefault(kinds[cluster.servers[number].kind], []).append(number)
@@ -86,6 +84,15 @@ def models_apart(cluster: Cluster) -> Placement:
     if missing:
         raise BudgetError(f"no server is left for {', '.join(missing)} alone")
     return _placement(cluster, placed)
+
+
+def _whole_columns(cluster: Cluster) -> tuple[dict[Kind, int], dict[int, list[Column]]]:
+    """Numbers of the kinds of servers, and each kind's ways to run models whole."""
+    kinds = {server.kind: number for number, server in enumerate(kinds_of(cluster.servers))}
+    ways_on: dict[int, list[Column]] = {}
+    for column in columns_of(cluster, dict.fromkeys(cluster.wanted, ())):
+        ways_on.setdefault(column.kind, []).append(column)
+    return kinds, ways_on
 
 
 def _placement(cluster: Cluster, placed: Sequence[tuple[Column, ...]]) -> Placement:

@@ -76,16 +76,33 @@ def candidates(
         left_s = begin_s + share * options.time_limit_s - clock()
         own = replace(options, objective=objective, time_limit_s=max(0.0, left_s))
         try:
-            planned = placement = plan_cluster(cluster, own, clock=clock)
+            plan = plan_or_best_effort if objective == wanted else plan_cluster
+            planned = placement = plan(cluster, own, clock=clock)
         except BudgetError:
-            if objective != wanted:
-                continue
-            # No plan keeps the limits: then as well as can be.
-            free = replace(cluster, limits_s={})
-            planned = placement = plan_cluster(free, own, clock=clock)
+            if objective == wanted:
+                raise
+            continue
         if frozenset(placement.parts) not in simple:  # the plan that was asked for has its rates
             by_parts[frozenset(placement.parts)] = f"plan for {objective}", placement
     assert planned is not None, "the last objective is the one that was asked for"
     ways = by_parts.values()
     found = [Candidate(name, placement, aim) for name, placement in ways for aim in aims]
     return found, planned
+
+
+def plan_or_best_effort(
+    cluster: Cluster, options: PlanOptions, *, clock: Callable[[], float]
+) -> Placement:
+    """A plan that keeps the limits on latency, or else one as if there were none.
+
+    Simulations then say which plan keeps them most often.
+
+    Raises:
+        BudgetError: some model finds no room.
+    """
+    try:
+        return plan_cluster(cluster, options, clock=clock)
+    except BudgetError:
+        if not cluster.limits_s:
+            raise
+    return plan_cluster(replace(cluster, limits_s={}), options, clock=clock)

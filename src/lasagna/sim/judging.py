@@ -12,7 +12,7 @@ routes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -159,36 +159,32 @@ def plan_judged(
     objective = options.objective
     found, planned = candidates(cluster, options, clock)
     judge = _Judge(cluster, objective, found, seed, planner or Planner(), run or Options())
-    known: dict[int, Verdict] = {}
-    for turn, number in enumerate(_promising(found, objective)):
-        if turn > 1 and over(JUDGING):
-            break
-        if (verdict := judge.verdict(number)) is not None:
-            known[number] = verdict
-    for number in _other_aims(found, known, objective):
-        if over(JUDGING):
-            break
-        if (verdict := judge.verdict(number)) is not None:
-            known[number] = verdict
+
+    def verdicts(
+        numbers: Iterable[int], until: float, *, times: int = 1, at_least: int = 0
+    ) -> dict[int, Verdict]:
+        """Of as many as there is time for."""
+        seen: dict[int, Verdict] = {}
+        for turn, number in enumerate(numbers):
+            if turn >= at_least and over(until):
+                break
+            if (verdict := judge.verdict(number, times)) is not None:
+                seen[number] = verdict
+        return seen
+
+    known = verdicts(_promising(found, objective), JUDGING, at_least=2)
+    known |= verdicts(_other_aims(found, known, objective), JUDGING)
     if not known:
         return Judged(found[-1], (), planned)
-    last: dict[int, Verdict] = {}
-    for number in _finalists(known, objective):
-        if over(RUN_OFF):
-            break
-        if (verdict := judge.verdict(number, LONG)) is not None:
-            last[number] = verdict
+    last = verdicts(_finalists(known, objective), RUN_OFF, times=LONG)
     if last:
-        known |= last
         winner = best_of(_in_order(last), objective).candidate
-        for rule in ROUTES:
-            if over(ROUTING) or not _has_ways(winner.placement):
-                break
-            found.append(replace(winner, rule=rule))
-            if (verdict := judge.verdict(len(found) - 1, LONG)) is not None:
-                known[len(found) - 1] = last[len(found) - 1] = verdict
+        if _has_ways(winner.placement):
+            first = len(found)
+            found += [replace(winner, rule=rule) for rule in ROUTES]
+            last |= verdicts(range(first, len(found)), ROUTING, times=LONG)
     best = best_of(_in_order(last or known), objective)
-    return Judged(best.candidate, tuple(_in_order(known)), planned)
+    return Judged(best.candidate, tuple(_in_order(known | last)), planned)
 
 
 def promised(cluster: Cluster, judged: Judged, objective: Objective) -> Placement:
