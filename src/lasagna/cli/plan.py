@@ -167,6 +167,7 @@ def report_of(cluster: Cluster, judged: Judged, lanes: Sequence[Lane]) -> Mappin
                 "servers_work_for": one.candidate.aim,
                 "routes": one.candidate.rule,
                 "requests": one.requests,
+                "answered": one.answered,
                 "in_time": one.in_time,
                 "carried": one.carried,
                 "answers_per_s": one.throughput,
