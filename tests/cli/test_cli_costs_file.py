@@ -97,6 +97,9 @@ def _change(*place: str | int, to: object) -> Callable[[Any], None]:
     return change
 
 
+_IDLE: Final = {"weight_bytes": 5, "compute_s": [0, 1, 1, 1], "workspace_bytes": [0] * 4}
+
+
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
@@ -118,6 +121,10 @@ def _change(*place: str | int, to: object) -> Callable[[Any], None]:
         (_change("forms", 0, "slices", 1, "compute_s", 2, to=-0.1), "compute_s.*: expected float"),
         (_change("forms", 0, "slices", 1, "weight_bytes", to=0.5), "weight_bytes: expected int"),
         (_change("forms", 0, "slices", 1, "weights", to=1), "there is no key 'weights'"),
+        (
+            _change("forms", 0, "slices", to=[_IDLE] * 3),
+            r"forms\[0\].slices: none takes time at every batch",
+        ),
         (_change("more", to=1), "there is no key 'more'"),
     ],
 )

@@ -238,6 +238,7 @@ def test_load_is_a_share_of_what_a_plan_for_latency_sustains_too(folder: Path) -
         ('arrivals = { kind = "steady" }', "arrivals.kind: 'steady'; there are "),
         ('arrivals = { kind = "recorded" }', "arrivals: the key 'file' is missing"),
         ('arrivals = { file = "x" }', "arrivals: the key 'kind' is missing"),
+        ('arrivals = { kind = "gamma", cv = 1e9 }', "cv: expected float <= 100"),
         ('arrivals = { kind = "mmpp", cv = 3 }', "arrivals: there is no key 'cv'"),
         ('trouble = [{ kind = "server-dies", server = "s-3", at_s = 1 }]', "no server 's-3'"),
         (

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tests.policy.machine import MB, linear
 
 from lasagna.errors import BudgetError, UsageError
+from lasagna.policy import placement
 from lasagna.policy.cluster import Cluster, Part, Server, is_chain, part_of, sliced
 from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
 from lasagna.policy.costs import ModelCosts
-from lasagna.policy.flow import BUSY, Choice, chosen, fits, relaxed
+from lasagna.policy.flow import BUSY, Choice, chosen, fits, free_of_charge, relaxed
 from lasagna.policy.memory import divide_best
 from lasagna.policy.placed import Placement, connected
 from lasagna.policy.placement import PlanOptions, plan_cluster
@@ -232,6 +233,26 @@ def test_no_plan_is_faster_than_the_bound(given_: Cluster, rate: float) -> None:
         if plan.mean_s < float("inf"):
             assert plan.scale >= 1
             assert plan.scale <= plan.bound.value * (1 + 1e-6)
+
+
+def test_a_large_cluster_finds_a_plan_where_its_first_one_is_too_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What just carries the demand has no time for waits; another server has, and is found."""
+    monkeypatch.setattr(placement, "SMALL", 0)
+    costs = two_faced()
+    given_ = cluster([server("a", 60 * MB), server("b", 60 * MB)], {"m": costs})
+    columns = columns_of(given_, {"m": cuts_of(costs)}, lone=True)
+    whole = next(one for one in columns if (one.first, one.last) == (0, len(costs.slices)))
+    begin = Choice(((whole,), ()))
+    most = chosen(given_, begin, "throughput")
+    assert most is not None
+    asked = replace(given_, demand={"m": most.scale / 1.1})
+    assert chosen(asked, begin, "latency") is None
+    search = placement._Search(asked, PlanOptions("latency"), lambda: 0.0, free_of_charge)
+    _, flows = search._improved(begin, dict.fromkeys(range(2), columns), "latency", 1.0)
+    assert flows is not None
+    assert flows.scale >= 1.0
 
 
 def test_plans_for_throughput_have_no_bound_on_latency() -> None:

@@ -185,6 +185,23 @@ def test_a_deadline_goes_before_efficiency() -> None:
     assert rig.answered[200] <= due
 
 
+def test_a_deadline_that_nobody_could_meet_makes_no_batch_smaller() -> None:
+    """Whoever comes too late is refused, and the others are served as before."""
+    batches = []
+    for left_s in (None, 1e-6, 0.0, -5.0):
+        rig = enclave({"a": SMALL})
+        if left_s is not None:
+            rig.arrive(0, "a", deadline_s=rig.now_s + left_s)
+            assert 0 in rig.refused
+        for number in range(1, 101):
+            rig.arrive(number, "a", deadline_s=rig.now_s + 10.0)
+        rig.drain()
+        assert len(rig.answered) == 100
+        batches.append([sum(part.count for part in run.batch) for _, run in rig.runs])
+    assert batches[0] == batches[1] == batches[2] == batches[3]
+    assert max(batches[0]) > 1
+
+
 def test_a_batch_is_no_larger_than_a_deadline_allows() -> None:
     slow = linear([MB], [1000], [0.05])
     rig = enclave({"slow": slow}, settings=Settings(queue_rows=1000))

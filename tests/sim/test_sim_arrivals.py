@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -28,7 +29,7 @@ Process = Callable[[np.random.Generator], Iterator[float]]
 PROCESSES: dict[str, Process] = {
     "poisson": lambda rng: poisson(rng, 50.0),
     "gamma": lambda rng: gamma(rng, 50.0, 3.0),
-    "mmpp": lambda rng: mmpp(rng, (20.0, 110.0), (2.0, 1.0)),
+    "mmpp": lambda rng: mmpp(rng, (20.0, 110.0), (1.0, 0.5)),
     "diurnal": lambda rng: diurnal(rng, 50.0, 0.8, 10.0),
 }
 
@@ -50,6 +51,17 @@ def test_the_same_seed_gives_the_same_times(name: str) -> None:
     """Determinism begins with the load."""
     assert (some(name, 5000) == some(name, 5000)).all()
     assert (some(name, 5000) != some(name, 5000, seed=4)).any()
+
+
+def test_a_long_stay_takes_no_more_memory_than_a_short_one() -> None:
+    """Ten thousand hours of two million requests an hour are drawn as they are asked for."""
+    times = mmpp(np.random.default_rng(1), (500.0, 500.0), (3.6e7, 3.6e7))
+    tracemalloc.start()
+    first = list(islice(times, 10_000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert first[-1] == pytest.approx(20.0, rel=0.1)
+    assert peak < 10_000_000
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])

@@ -22,9 +22,11 @@ from lasagna.sim.judging import (
     Judged,
     Verdict,
     best_of,
+    least_shares,
     plan_judged,
     promised,
 )
+from lasagna.sim.metrics import Figures
 from lasagna.sim.planner import Planner
 
 pytestmark = pytest.mark.slow
@@ -147,20 +149,45 @@ def test_a_plan_that_is_hardly_better_does_not_displace_a_simple_one() -> None:
     given = cluster(servers(2), {"a": SMALL}, rate=1.0)
     plain = verdict(judged(given, PlanOptions("latency", 1.0)))
     other = replace(plain.candidate, placement=replace(plain.candidate.placement), name="other")
-    close = replace(
-        plain, candidate=other, carried=plain.carried * 1.01, mean_s=plain.mean_s * 0.99
-    )
-    far = replace(plain, candidate=other, carried=plain.carried * 1.06, mean_s=plain.mean_s * 0.94)
-    for objective in ("throughput", "latency"):
-        assert best_of([plain, close], objective) is plain
-        assert best_of([plain, far], objective) is far
+    some = replace(plain, in_time=0.8)
+    cases: list[tuple[Objective, Verdict, dict[str, float], dict[str, float]]] = [
+        ("throughput", some, {"in_time": 0.81}, {"in_time": 0.85}),
+        ("latency", plain, {"mean_s": plain.mean_s * 0.99}, {"mean_s": plain.mean_s * 0.94}),
+    ]
+    for objective, one, close, far in cases:
+        near = replace(one, candidate=other, **close)  # type: ignore[arg-type]
+        better = replace(one, candidate=other, **far)  # type: ignore[arg-type]
+        assert best_of([one, near], objective) is one
+        assert best_of([one, better], objective) is better
+
+
+def figures(count: int, answered: int, late: int = 0) -> Figures:
+    return Figures(count, answered, late, 0, 0, count - answered, *[0.0] * 6)
+
+
+@pytest.mark.parametrize(
+    ("models", "shares"),
+    [
+        ([figures(100, 90), figures(50, 50, 20)], (0.9, 0.6)),
+        ([figures(100, 90), figures(4, 0), figures(16, 16, 1)], (0.8, 0.75)),  # rare ones together
+        ([figures(100, 90), figures(4, 0), figures(0, 0)], (90 / 104, 90 / 104)),
+        ([figures(15, 15), figures(15, 15), figures(15, 0)], (30 / 45, 30 / 45)),
+        ([figures(6, 3, 1)], (0.5, 1 / 3)),
+        ([figures(0, 0)], (0.0, 0.0)),
+    ],
+)
+def test_the_model_that_is_served_worst_counts_if_it_is_no_rare_one(
+    models: list[Figures], shares: tuple[float, float]
+) -> None:
+    """Whether one of six requests is late is chance, and no reason to choose another plan."""
+    assert least_shares(models) == pytest.approx(shares)
 
 
 def made(
     name: str, placement: Placement, in_time: float, mean_s: float, answered: float = 1.0
 ) -> Verdict:
     candidate = Candidate(name, placement, "latency")
-    return Verdict(candidate, 600, answered, in_time, in_time, 1.0, mean_s)
+    return Verdict(candidate, 600, 1.0, answered, in_time, 1.0, mean_s)
 
 
 def test_who_answers_more_in_time_is_better_whatever_the_mean() -> None:

@@ -70,7 +70,7 @@ def test_links_are_queues_of_their_bandwidth(
     for server in (FAST, SLOW):
         down = [n for n, _ in arrived if ordered[n][3] == server.name != ordered[n][2]]
         carried = sum(ordered[n][1] for n in down)
-        assert network.down[server.name].bytes == carried
+        assert network.down[server.name].done(clock.now_s)[0] == carried
         if down:
             first_s = min(ordered[n][0] for n in down)
             last_s = max(at_s for n, at_s in arrived if n in down)
@@ -109,3 +109,14 @@ def test_time_only_goes_forward_and_ties_are_in_order() -> None:
     clock.at(1.0, order.append, 4)
     clock.run()
     assert (clock.now_s, order) == (1.0, [0, 1, 2, 3])
+
+
+def test_what_still_waits_for_a_link_is_not_carried() -> None:
+    """Who looks in the middle of a transfer sees what has gone, and a link never over-busy."""
+    clock = Clock()
+    network = Network(clock, (SLOW,))
+    for _ in range(3):
+        network.send(1_000_000, None, "slow", lambda _: None)
+    clock.run(until_s=1.5)
+    assert network.down["slow"].done(1.5) == (1_500_000, 1.5)
+    assert network.down["slow"].done(9.0) == (3_000_000, 3.0)

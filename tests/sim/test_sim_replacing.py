@@ -14,6 +14,7 @@ from tests.sim.cases import MACHINE, MB, cluster, everywhere, load, model, place
 from lasagna.policy.balancer_events import Ended, Replaced
 from lasagna.policy.cluster import Part
 from lasagna.policy.placement import PlanOptions
+from lasagna.policy.program import NEVER, Ends, Program, Solved
 from lasagna.policy.state import Settings
 from lasagna.sim.arrivals import merge
 from lasagna.sim.cluster import VirtualCluster
@@ -67,6 +68,56 @@ def test_a_server_that_slows_down_is_planned_for_anew() -> None:
     assert outcome.moves.looked >= 1
     assert outcome.requests.figures().answered == outcome.requests.figures().count
     assert "s2" in {part.server for part in run.balancers[0].placement.parts}
+
+
+def test_the_slowness_that_was_planned_with_counts_once() -> None:
+    """A plan for a slow server has its times at full speed: balancers know how slow it is."""
+    run, outcome = simulated([ServerSlows(1.0, "s1", 4.0), ServerDies(4.0, "s0")])
+    assert outcome.moves.applied >= 1
+    balancer = run.balancers[0]
+    assert balancer.servers["s1"].factor == pytest.approx(4.0, rel=0.1)
+    parts = {part: one for part, one in balancer.placement.parts.items() if part.server == "s1"}
+    assert parts
+    for part, costs in parts.items():
+        slices = MODELS[part.model].slices[part.first : part.last]
+        alone_s = sum(one.compute_at(1) for one in slices)
+        assert costs.through_s == pytest.approx(alone_s, rel=0.3)
+
+
+def test_late_answers_are_better_than_none() -> None:
+    """A limit that no plan keeps is no reason to leave a model without a place."""
+    given = replace(THREE, limits_s={"a": 1e-4})
+    run = VirtualCluster(given, APART, OPTIONS, planner=PLANNER)
+    outcome = run.run(load(1, 20.0, 12.0, "a", "b"), [ServerDies(2.0, "s0")])
+    assert outcome.moves.applied == 1
+    assert outcome.figures()["a"].refused < 20
+
+
+def test_a_lost_server_that_also_loses_memory_stops_no_move() -> None:
+    """Another server was about to get its model, and gets it still."""
+    slow = replace(THREE, servers=servers(3, bandwidth=3e6))
+    run = VirtualCluster(slow, APART, OPTIONS, planner=PLANNER)
+    outcome = run.run(
+        load(1, 3.0, 40.0, "a", "b"), [ServerDies(2.0, "s1"), EpcTaken(4.0, "s1", 50 * MB, 1.0)]
+    )
+    assert outcome.moves.looked >= 2
+    assert {part.model for part in run.balancers[0].placement.parts} == {"a", "b"}
+    assert outcome.requests.figures(since_s=30.0).refused == 0
+
+
+def test_no_plan_depends_on_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integer programs end after so many nodes, never by the clock."""
+    seen: list[Ends] = []
+    solve = Program.solve
+
+    def watched(self: Program, *, ends: Ends = NEVER, **facts: Any) -> Solved | None:
+        seen.append(ends)
+        return solve(self, ends=ends, **facts)
+
+    monkeypatch.setattr(Program, "solve", watched)
+    simulated([ServerDies(2.0, "s0")])
+    assert len(seen) > 2
+    assert {one.after_s for one in seen} == {NEVER.after_s}
 
 
 def test_a_server_with_less_epc_is_planned_for_anew() -> None:

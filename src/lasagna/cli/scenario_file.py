@@ -42,7 +42,7 @@ class _Poisson(_Arrivals, frozen=True, tag="poisson"):
 
 
 class _Gamma(_Arrivals, frozen=True, tag="gamma"):
-    cv: _Positive = 2.0
+    cv: Annotated[float, Meta(ge=0.01, le=100)] = 2.0
 
 
 class _Mmpp(_Arrivals, frozen=True, tag="mmpp"):

@@ -2,9 +2,9 @@
 
 A bucket drains by a second each second. A server's is filled by the work that each request means
 when batches are full, and every report of the server sets it right. So that belief is wrong by what
-others have sent to the server since it was measured, which ``Belief.age_s`` bounds: no more than
-arrives in the reporting period and the delay of a report, and no more than that much time can
-drain. Of links there are no reports: other balancers are believed to send as much as this one.
+others have sent to the server since it was measured: no more than arrives in the reporting period
+and the delay of a report, and no more than that much time can drain. Of links there are no reports:
+other balancers are believed to send as much as this one.
 """
 
 from __future__ import annotations
@@ -105,10 +105,6 @@ class Belief:
             self._sends.extend(coming)
         self.work = Bucket(backlog_s, measured_s)
         self.work.fill_all(coming)
-
-    def age_s(self, now_s: float) -> float:
-        """Seconds since the last report was measured: what others did since is not known."""
-        return now_s - self.measured_s
 
     def empty(self) -> None:
         """It has begun anew."""

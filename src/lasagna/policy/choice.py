@@ -95,6 +95,14 @@ class Choice:
             model.row_s = rests_s[0] if rests_s else 0.0
         return model.row_s
 
+    def limit(self, model: ModelState, limit_s: float) -> None:
+        """A request came in that may take so long.
+
+        One that would be late even alone says nothing: no batch is small enough for it.
+        """
+        if limit_s > self.through_s(model, 0):
+            model.limited(limit_s)
+
     def full(self, model: ModelState, stage: StageState) -> int:
         """Rows of a full batch at a stage: the plan's, or fewer so that deadlines can be met."""
         if model.limit_s == NEVER:

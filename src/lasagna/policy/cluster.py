@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -124,6 +125,7 @@ def at_speed(costs: ModelCosts, speed: float) -> ModelCosts:
     return replace(costs, slices=slices)
 
 
+@lru_cache(maxsize=4096)  # of equal parts what is worked out once serves all
 def part_of(forms: Forms, first: int, last: int, speed: float = 1.0) -> Forms:
     """A part's costs, as of a model that begins and ends there.
 

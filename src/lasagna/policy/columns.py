@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Final
 
-from lasagna.policy.cluster import Cluster, Server, at_speed, sliced
+from lasagna.policy.cluster import Cluster, Kind, Server, at_speed, sliced
 from lasagna.policy.costs import ModelCosts
 from lasagna.policy.stages import (
     RECORD_S,
@@ -92,7 +92,10 @@ class Column:
 
 def kinds_of(servers: Iterable[Server]) -> tuple[Server, ...]:
     """One server of each kind, in the order in which they first come."""
-    return tuple({server.kind: server for server in reversed(tuple(servers))}.values())[::-1]
+    found: dict[Kind, Server] = {}
+    for server in servers:
+        found.setdefault(server.kind, server)
+    return tuple(found.values())
 
 
 def room_on(server: Server) -> int:

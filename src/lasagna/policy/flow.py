@@ -17,7 +17,7 @@ from typing import Final
 from lasagna.policy.cluster import Cluster, Server, sliced
 from lasagna.policy.columns import Column, kinds_of, room_on
 from lasagna.policy.plan import Objective
-from lasagna.policy.program import NO_LIMIT_S, Program, Solved
+from lasagna.policy.program import NEVER, Ends, Program, Solved
 
 FULL: Final = 1.0
 BUSY: Final = 0.85
@@ -46,18 +46,14 @@ class Flows:
 
     Attributes:
         scale: multiples of the demand.
-        latency_s: mean seconds of a request, waiting not counted, over all models.
         rates: requests a second through each column, by server's number and column.
         objective: that was maximised: the scale, or minus the mean seconds of a request with its
             waits.
-        bound: on it.
     """
 
     scale: float
-    latency_s: float
     rates: Mapping[tuple[int, Column], float]
     objective: float
-    bound: float
 
 
 def used(cluster: Cluster, flows: Flows) -> Choice:
@@ -202,7 +198,7 @@ def place(
     free: Mapping[int, Collection[Column]],
     objective: Objective,
     *,
-    limit_s: float = NO_LIMIT_S,
+    ends: Ends = NEVER,
     gap: float = 0.0,
     moving: Callable[[int, Column], float] = free_of_charge,
     known: Flows | None = None,
@@ -214,7 +210,7 @@ def place(
         choice: of columns so far, one of the possible solutions.
         free: servers by number, with the columns that each may have.
         objective: what is best.
-        limit_s: seconds for the solver.
+        ends: when the solver is to end at the latest.
         gap: share of the objective that need not be found.
         moving: what having a column on a server, by its number, costs of the objective.
         known: what the choice so far carries, for the solver to begin with.
@@ -253,7 +249,7 @@ def place(
             here = choice.columns[number]
             start[running] = max((c.running_bytes for c in here), default=0) / 1e6
             start[ring] = max((c.ring_bytes for c in here), default=0) / 1e6
-    solved = built.program.solve(limit_s=limit_s, gap=gap, start=start)
+    solved = built.program.solve(ends=ends, gap=gap, start=start)
     if solved is None:
         return choice, None
     columns = tuple(
@@ -301,7 +297,4 @@ def _flows(built: _Built, solved: Solved, rates: Iterable[tuple[int, tuple[int, 
     values = solved.values
     every = [(number, column, values[rate]) for number, (rate, column) in rates]
     kept = {(number, column): rate for number, column, rate in every if rate > 1e-9}
-    scale = values[built.scale]
-    late_s = sum(values[v] * s for terms in built._late.values() for v, s in terms)
-    carried = scale * built._total
-    return Flows(scale, late_s / carried if carried else 0.0, kept, solved.objective, solved.bound)
+    return Flows(values[built.scale], kept, solved.objective)

@@ -22,6 +22,7 @@ from lasagna.policy.exchange import best_exchanged
 from lasagna.policy.flow import Choice, Flows, chosen, fits, free_of_charge, place, relaxed, used
 from lasagna.policy.placed import Bound, Placement, connected
 from lasagna.policy.plan import Objective
+from lasagna.policy.program import Ends
 from lasagna.policy.promise import bound_of, lengths_of, placement_of, require_chains, why_not
 from lasagna.policy.settle import settled
 
@@ -56,12 +57,14 @@ class PlanOptions:
         exact: choose among all columns at once, until nothing better can exist.
         settled: reckon with what servers' own planners make of it, and with whole models on all
             servers (``policy.settle``); else with what columns promise.
+        nodes: after which integer programs end, instead of seconds: a plan is the same each time.
     """
 
     objective: Objective = "throughput"
     time_limit_s: float = 10.0
     exact: bool = False
     settled: bool = True
+    nodes: int | None = None
 
 
 def plan_cluster(
@@ -238,8 +241,8 @@ class _Search:
         if lean is not None:
             return self._shared_out(most, near, lean)
         every = self._every(columns)
-        left_s = max(1.0, until_s - self.clock())
-        plain, flows = place(self.cluster, plain, every, "throughput", limit_s=left_s, gap=0.1)
+        ends = Ends.after(max(1.0, until_s - self.clock()), self.options.nodes)
+        plain, flows = place(self.cluster, plain, every, "throughput", ends=ends, gap=0.1)
         if flows is None or flows.scale <= 0.0:
             names = ", ".join(map(repr, self._unserved(plain)))
             raise BudgetError(f"the servers have no memory for {names} beside the other models")
@@ -330,10 +333,9 @@ class _Search:
         cluster = self.cluster
         flows = chosen(cluster, choice, objective)
         if sum(map(len, free.values())) <= SMALL:
-            left_s = max(0.1, until_s - self.clock())
             better, reached = place(
                 *(cluster, choice, free, objective),
-                limit_s=left_s,
+                ends=Ends.after(max(0.1, until_s - self.clock()), self.options.nodes),
                 gap=GAIN,
                 moving=self.moving,
                 known=flows,
@@ -352,13 +354,15 @@ class _Search:
                 choice,
                 here,
                 objective,
-                limit_s=max(0.1, min(2.0, until_s - self.clock())),
+                ends=Ends.after(max(0.1, min(2.0, until_s - self.clock())), self.options.nodes),
                 gap=0.005,
                 moving=self.moving,
                 known=flows,
             )
             fruitless += 1
-            if reached is not None and self._value(better, reached) > value + GAIN * abs(value):
+            if reached is None:
+                continue
+            if flows is None or self._value(better, reached) > value + GAIN * abs(value):
                 choice, flows, fruitless = better, reached, 0
                 value = self._value(choice, flows)
         return choice, flows

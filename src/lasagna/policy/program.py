@@ -10,7 +10,27 @@ import highspy
 import numpy as np
 
 INFINITE: Final = float("inf")
-NO_LIMIT_S: Final = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """When the search for a solution ends at the latest, with the best one that was found.
+
+    Attributes:
+        after_s: by the clock.
+        nodes: of the branch-and-bound tree: as many each time, whatever else the machine does.
+    """
+
+    after_s: float = 1e9
+    nodes: int | None = None
+
+    @classmethod
+    def after(cls, seconds: float, nodes: int | None) -> Ends:
+        """After so many nodes, if they are given, and else after so many seconds."""
+        return cls(seconds) if nodes is None else cls(nodes=nodes)
+
+
+NEVER: Final = Ends()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +39,12 @@ class Solved:
 
     Attributes:
         objective: that it reaches.
-        bound: that no solution exceeds.
         values: of the variables.
         reduced: cost of each variable at the optimum of a linear program: how much the objective
             would lose by one more of it; empty for integer ones.
     """
 
     objective: float
-    bound: float
     values: Sequence[float]
     reduced: Sequence[float]
 
@@ -71,14 +89,14 @@ class Program:
     def solve(
         self,
         *,
-        limit_s: float = NO_LIMIT_S,
+        ends: Ends = NEVER,
         gap: float = 0.0,
         start: Mapping[int, float] | None = None,
     ) -> Solved | None:
         """The best solution that is found in the time; None if there is none.
 
         Args:
-            limit_s: seconds for HiGHS, at most.
+            ends: when HiGHS is to end at the latest.
             gap: share of the objective that the solution may fall short of the bound by.
             start: values of a solution to begin with, for integer programs; the others are 0.
         """
@@ -86,7 +104,9 @@ class Program:
         highs.silent()
         highs.setOptionValue("threads", 1)
         highs.setOptionValue("random_seed", 1)
-        highs.setOptionValue("time_limit", limit_s)
+        highs.setOptionValue("time_limit", ends.after_s)
+        if ends.nodes is not None:
+            highs.setOptionValue("mip_max_nodes", ends.nodes)
         highs.setOptionValue("mip_rel_gap", gap)
         highs.passModel(self._model())
         if start:
@@ -100,7 +120,6 @@ class Program:
         whole = not self._integers
         return Solved(
             info.objective_function_value,
-            info.objective_function_value if whole else info.mip_dual_bound,
             list(solution.col_value),
             list(solution.col_dual) if whole else [],
         )

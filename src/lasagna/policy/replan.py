@@ -20,6 +20,7 @@ from lasagna.policy.flow import Choice, place, relaxed
 from lasagna.policy.memory import require_fits
 from lasagna.policy.placed import Placement, connected
 from lasagna.policy.placement import PlanOptions, plan_cluster
+from lasagna.policy.program import Ends
 from lasagna.policy.promise import bound_of, lengths_of, placement_of
 
 HORIZON_S: Final = 600.0
@@ -87,11 +88,11 @@ def replan(
         BudgetError: as of ``plan_cluster``.
     """
     options = replace(options or PlanOptions(), objective="throughput")
-    names = {server.name for server in cluster.servers}
+    names = [server.name for server in cluster.servers]
     there = [part for part in parts if part.server in names and part.model in cluster.wanted]
     loaded = slices_of(there)
     stored = loaded if stored is None else stored
-    choice, present = kept(cluster, there)
+    choice, present = kept(cluster, there, options.nodes)
     rates = dict.fromkeys(names, 0.0)
     for part, costs in present.parts.items() if present is not None else ():
         rates[part.server] += costs.rate
@@ -143,8 +144,15 @@ def missing(cluster: Cluster, there: Stored, part: Part) -> int:
     )
 
 
-def kept(cluster: Cluster, parts: Iterable[Part]) -> tuple[Choice, Placement | None]:
+def kept(
+    cluster: Cluster, parts: Iterable[Part], nodes: int | None = None
+) -> tuple[Choice, Placement | None]:
     """What these parts can do on the cluster as it is: pinned or streamed as fits now.
+
+    Args:
+        cluster: as it is.
+        parts: that are there.
+        nodes: as of ``PlanOptions``.
 
     Returns:
         Their columns, and the placement; None if some model has no chain of them.
@@ -167,7 +175,9 @@ def kept(cluster: Cluster, parts: Iterable[Part]) -> tuple[Choice, Placement | N
         for number, server in enumerate(cluster.servers)
     }
     nothing = Choice(((),) * len(cluster.servers))
-    choice, flows = place(cluster, nothing, free, "throughput", gap=0.01, limit_s=5.0)
+    choice, flows = place(
+        cluster, nothing, free, "throughput", gap=0.01, ends=Ends.after(5.0, nodes)
+    )
     most = relaxed(cluster, columns, "throughput")
     if flows is None or flows.scale <= 0.0 or most is None:
         return nothing, None

@@ -170,7 +170,7 @@ class Scheduler:
             self._refuse(request, self.backlog_s(event.at_s), reason, out)
             return
         deadline_s = request.deadline_s
-        model.limited(deadline_s - event.at_s)
+        self._choice.limit(model, deadline_s - event.at_s)
         if event.deadline_s is not None:
             wait_s = self.backlog_s(event.at_s)
             idle = not self._running and not self._requests

@@ -92,7 +92,7 @@ def settled(
     value, best = max(found, key=lambda one: one[0])
     promised = _value(cluster, placement, objective)
     if len(found) < 2 and promised is not None and promised >= value:
-        return placement  # there was no time for it, and it promises more as it is
+        return placement  # only whole models were tried, and it promises more as it is
     return bounded(best, placement)
 
 

@@ -80,9 +80,12 @@ def mmpp(
     begin_s, state = 0.0, 0
     while True:
         stay_s = float(rng.exponential(stays_s[state]))
-        count = int(rng.poisson(rates[state] * stay_s))
-        yield from (begin_s + np.sort(rng.random(count)) * stay_s).tolist()
-        begin_s, state = begin_s + stay_s, 1 - state
+        at_s, end_s = begin_s, begin_s + stay_s
+        while at_s < end_s:
+            times = at_s + np.cumsum(rng.exponential(1.0 / rates[state], _BLOCK))
+            at_s = float(times[-1])
+            yield from times[times < end_s].tolist()
+        begin_s, state = end_s, 1 - state
 
 
 def diurnal(

@@ -94,7 +94,6 @@ class VirtualCluster:
         self._arrivals: Iterator[Arrival] = iter(())
         self._exhausted = False
         self._requests = Requests()
-        self._placement = placement
         self._parts = placement.parts
         self._draws = draws(np.random.default_rng((seed, 0)))
         self.clock = Clock()

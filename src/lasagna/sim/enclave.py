@@ -60,7 +60,6 @@ class Counters:
         busy_s: seconds in which runs had its lanes, by their number.
         loads: slices that were decrypted, pinned ones too; loaded_bytes: of them.
         pages: that the kernel loaded.
-        arrangements: of the memory; moves: of pins.
     """
 
     runs: int = 0
@@ -69,8 +68,6 @@ class Counters:
     loads: int = 0
     loaded_bytes: int = 0
     pages: int = 0
-    arrangements: int = 0
-    moves: int = 0
 
 
 class VirtualEnclave:
@@ -236,7 +233,6 @@ class VirtualEnclave:
                 self.counters.loads += len(sizes)
                 self.counters.loaded_bytes += sum(sizes)
                 takes_s = sum(sizes) / self._shape.load_rate
-        self.counters.arrangements += 1
         takes_s += self._calibration.arrange_s
         if self._prepared:
             takes_s, self._prepared = 0.0, False
@@ -255,7 +251,6 @@ class VirtualEnclave:
             takes_s = size / self._shape.load_rate
             self.counters.loads += 1
             self.counters.loaded_bytes += size
-        self.counters.moves += 1
         self._clock.at(self._clock.now_s + takes_s, self._moved, self._life)
 
     def _moved(self, life: int) -> None:

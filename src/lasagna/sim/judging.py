@@ -28,7 +28,7 @@ from lasagna.policy.settle import Divisions, bounded, reckoned
 from lasagna.sim.arrivals import poisson, requests
 from lasagna.sim.candidates import APART, EARLIEST, WHOLE, Candidate, candidates
 from lasagna.sim.cluster import VirtualCluster
-from lasagna.sim.metrics import Outcome
+from lasagna.sim.metrics import Figures
 from lasagna.sim.options import Options
 from lasagna.sim.planner import Planner
 from lasagna.sim.policies import roomy
@@ -79,20 +79,25 @@ class Verdict:
     Attributes:
         candidate: it.
         requests: that it was given. Verdicts on as many are comparable.
+        offered: load in multiples of the demand.
         answered: share of the requests that were, of the model of which it is least.
-        in_time: the same of those that were answered within their limits, and
-        carried: these answers in multiples of the demand.
+        in_time: the same of those that were answered within their limits.
         throughput: answers a second.
         mean_s: of an answer.
     """
 
     candidate: Candidate
     requests: int
+    offered: float
     answered: float
     in_time: float
-    carried: float
     throughput: float
     mean_s: float
+
+    @property
+    def carried(self) -> float:
+        """Answers in time, in multiples of the demand, of the model that has least of it."""
+        return self.offered * self.in_time
 
     def value(self, objective: Objective) -> float:
         """The more the better, if as many come in time."""
@@ -291,9 +296,10 @@ class _Judge:
         None where a server's own planner finds no room for what it is given.
         """
         one, overloaded = self.found[number], self.objective == "throughput"
-        rate = sum(self.cluster.demand[name] for name in self.cluster.wanted)
+        offered = 1.0
         if overloaded:
-            rate *= OVERLOAD * max(other.placement.scale for other in self.found)
+            offered = OVERLOAD * max(other.placement.scale for other in self.found)
+        rate = offered * sum(self.cluster.demand[name] for name in self.cluster.wanted)
         settled_s = SHORTEST_S + SETTLING_S * (len(self.cluster.wanted) - 1)
         least_s = FULL_S if overloaded else times * settled_s
         span_s = max(least_s, times * max(FEW / rate, min(LONGEST_S, REQUESTS / rate)))
@@ -320,26 +326,32 @@ class _Judge:
             outcome = virtual.run(load, until_s=span_s if overloaded else 4 * span_s)
         except BudgetError:
             return None
-        return self._verdict(one, outcome, 0.0 if overloaded else WARM * span_s, span_s)
-
-    def _verdict(
-        self, one: Candidate, outcome: Outcome, since_s: float, until_s: float
-    ) -> Verdict | None:
+        since_s = 0.0 if overloaded else WARM * span_s
         every = outcome.requests.figures(since_s=since_s)
-        answered, in_time, carried = [], [], []
-        for name in outcome.requests.models:
-            own = outcome.requests.figures(name, since_s=since_s)
-            answers = own.answered - own.late
-            if own.count:
-                answered.append(own.answered / own.count)
-                in_time.append(answers / own.count)
-            carried.append(answers / (until_s - since_s) / self.cluster.demand[name])
-        return Verdict(
-            one,
-            len(outcome.requests),
-            min(answered, default=0.0),
-            min(in_time, default=0.0),
-            min(carried, default=0.0),
-            every.throughput,
-            every.mean_s if math.isfinite(every.mean_s) else math.inf,
+        models = (
+            outcome.requests.figures(name, since_s=since_s) for name in outcome.requests.models
         )
+        mean_s = every.mean_s if math.isfinite(every.mean_s) else math.inf
+        shares = least_shares(models)
+        return Verdict(one, len(outcome.requests), offered, *shares, every.throughput, mean_s)
+
+
+def least_shares(models: Iterable[Figures]) -> tuple[float, float]:
+    """Shares of a model's requests that were answered, and in time: each of whom it is least.
+
+    Models with few requests are taken together: whether one of six was late is chance.
+    """
+    answered, in_time = [], []
+    groups: list[list[Figures]] = [[]]
+    for one in sorted(models, key=lambda figures: figures.count):
+        if sum(other.count for other in groups[-1]) >= FEW:
+            groups.append([])
+        groups[-1].append(one)
+    if len(groups) > 1 and sum(one.count for one in groups[-1]) < FEW:
+        last = groups.pop()
+        groups[-1] += last
+    for group in groups:
+        if count := sum(one.count for one in group):
+            answered.append(sum(one.answered for one in group) / count)
+            in_time.append(sum(one.answered - one.late for one in group) / count)
+    return min(answered, default=0.0), min(in_time, default=0.0)

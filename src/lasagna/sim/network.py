@@ -15,14 +15,9 @@ from lasagna.sim.clock import Clock
 
 
 class Link:
-    """One direction of a server's link: who comes first is carried first.
+    """One direction of a server's link: who comes first is carried first."""
 
-    Attributes:
-        bytes: carried so far.
-        busy_s: seconds in which it carried something.
-    """
-
-    __slots__ = ("_bandwidth", "_free_s", "busy_s", "bytes")
+    __slots__ = ("_bandwidth", "_busy_s", "_bytes", "_free_s")
 
     def __init__(self, bandwidth: float) -> None:
         """Idle.
@@ -32,17 +27,22 @@ class Link:
         """
         self._bandwidth = bandwidth
         self._free_s = 0.0
-        self.bytes = 0
-        self.busy_s = 0.0
+        self._bytes = 0
+        self._busy_s = 0.0
 
     def carry(self, size: int, now_s: float) -> tuple[float, float]:
         """Take so many bytes on; when the first one leaves, and when the last has left."""
         begin_s = max(now_s, self._free_s)
         takes_s = size / self._bandwidth
         self._free_s = begin_s + takes_s
-        self.bytes += size
-        self.busy_s += takes_s
+        self._bytes += size
+        self._busy_s += takes_s
         return begin_s, self._free_s
+
+    def done(self, now_s: float) -> tuple[int, float]:
+        """Bytes that it has carried by then, and seconds in which it did; not what still waits."""
+        left_s = max(0.0, self._free_s - now_s)
+        return self._bytes - round(left_s * self._bandwidth), self._busy_s - left_s
 
 
 class Network:

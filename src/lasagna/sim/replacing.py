@@ -25,6 +25,9 @@ from lasagna.sim.clock import Clock
 from lasagna.sim.network import Network
 from lasagna.sim.server import VirtualServer
 
+NODES: Final = 200
+"""Of each integer program of a plan: most need a few."""
+
 LOOK_S: Final = 0.1
 """Between two looks at whether a part has been left by its last request."""
 
@@ -43,8 +46,8 @@ class Replanning:
             for a model at all, any request for it will do.
         mix_s: for so long requests are counted before they are compared with the plan's mix.
         horizon_s: for how long a change is expected to last.
-        options: of the planner. Its clock stands still, so that simulations are the same each time:
-            what it takes is not limited by them, only what each of its programs may take.
+        options: of the planner. Its clock stands still, and its integer programs end after so many
+            nodes, so that simulations are the same each time: what it takes is not limited.
     """
 
     after_s: float = 2.0
@@ -144,6 +147,7 @@ class Replacing:
         self._turn += 1
         self._steps.clear()
         self._put({p: costs for p, costs in self.placement.parts.items() if p not in parts})
+        self.noticed()
 
     def heard(self, server: str) -> None:
         """A server has reported."""
@@ -196,7 +200,7 @@ class Replacing:
         if not found.worth_it or set(found.best.parts) == set(there):
             return
         self.applied += 1
-        self._goal = found.best
+        self._goal = self._at_full_speed(found.best)
         self._steps.extend(steps(cluster, there, found.best.parts, self._stored))
         for part in sorted(set(self.placement.parts) - set(there)):
             self._servers[part.server].forget(part.key)
@@ -206,10 +210,15 @@ class Replacing:
     def _found(self, cluster: Cluster, there: Collection[Part]) -> Replanned | None:
         """Another placement; None if there is no room for all models."""
         how = self._how
-        try:
-            return replan(cluster, there, how.options, horizon_s=how.horizon_s, stored=self._stored)
-        except BudgetError:
-            return None
+        options = replace(how.options, nodes=NODES)
+        for limits_s in (cluster.limits_s, {}):  # late answers are better than none
+            known = replace(cluster, limits_s=limits_s)
+            try:
+                return replan(known, there, options, horizon_s=how.horizon_s, stored=self._stored)
+            except BudgetError:
+                if not limits_s:
+                    break
+        return None
 
     def _known(self) -> Cluster | None:
         """The cluster as balancers believe it is."""
@@ -223,6 +232,19 @@ class Replacing:
             if self._beliefs[server.name].alive
         )
         return replace(self._cluster, servers=alive) if alive else None
+
+    def _at_full_speed(self, placement: Placement) -> Placement:
+        """Balancers reckon with the slowness that servers report: here it was planned with."""
+        parts = {}
+        for part, costs in placement.parts.items():
+            slower = self._factors[part.server]
+            parts[part] = replace(
+                costs,
+                work_s=costs.work_s / slower,
+                through_s=costs.through_s / slower,
+                rate=costs.rate * slower,
+            )
+        return replace(placement, parts=parts)
 
     def _put(self, parts: dict[Part, PartCosts]) -> None:
         """These parts are in force from now on."""

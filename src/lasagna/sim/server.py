@@ -126,7 +126,8 @@ class VirtualServer:
         """What it has done in so many seconds, over which links."""
         span_s = max(seconds, 1e-12)
         name, done = self.server.name, self.counters
-        up, down = network.up[name], network.down[name]
+        in_bytes, in_s = network.down[name].done(seconds)
+        out_bytes, out_s = network.up[name].done(seconds)
         return ServerFigures(
             utilisation=done.busy_s / span_s,
             runs=done.runs,
@@ -134,10 +135,10 @@ class VirtualServer:
             loads_per_task=done.loads / max(1, done.tasks),
             loaded_bytes=done.loaded_bytes,
             pages=done.pages,
-            in_bytes=down.bytes,
-            out_bytes=up.bytes,
-            in_share=down.busy_s / span_s,
-            out_share=up.busy_s / span_s,
+            in_bytes=in_bytes,
+            out_bytes=out_bytes,
+            in_share=in_s / span_s,
+            out_share=out_s / span_s,
         )
 
     def arrive(self, flow: Flow, key: str, admission: bool) -> None:
