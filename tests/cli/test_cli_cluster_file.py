@@ -81,7 +81,7 @@ def test_count_makes_servers_alike_with_names_of_their_own(tmp_path: Path) -> No
     ("text", "wrong"),
     [
         ("[server", "is no TOML"),
-        ("\xff[demand]", "number 1|server' is missing|is no TOML"),
+        ("\xff[demand]", "is no TOML"),
         (SERVER, "the key 'demand' is missing"),
         (DEMAND, "the key 'server' is missing"),
         (f"server = []\n{DEMAND}", "server: expected array of length >= 1"),

@@ -153,15 +153,6 @@ def test_files_that_can_not_be_written_are_named_before_anything_is_planned(
     assert words in " ".join(result.stderr.split())
 
 
-def test_what_is_pinned_fits_the_server(cluster: Cluster, placement: Placement) -> None:
-    """The drawing's blocks are the server's own plan: all weights, once, within its memory."""
-    for lane in lanes_of(cluster, placement):
-        assert lane.used_bytes <= lane.server.machine.budget
-        for part in lane.parts:
-            numbers = [n for block in lane.blocks if block.part == part for n in block.slices]
-            assert sorted(numbers) == list(range(part.first, part.last))
-
-
 @pytest.mark.slow
 def test_a_real_plan_of_the_example(tmp_path: Path) -> None:
     """The example cluster, real costs of two models, and the real planner, without a terminal."""

@@ -157,14 +157,6 @@ def test_parts_that_do_not_fit_are_named_with_their_server(files: list[Path]) ->
     assert "needs a budget of" in result.stderr
 
 
-def test_a_file_that_can_not_be_written_is_an_error(files: list[Path], tmp_path: Path) -> None:
-    """Promise: it is said in one line which file and why."""
-    for option in ("--out", "--html"):
-        result = plan(*files, option, tmp_path / "absent" / "file")
-        assert result.exit_code == 2
-        assert "absent/file: there is no folder" in result.stderr
-
-
 @pytest.mark.integration
 def test_the_example_gives_clean_json_from_the_real_planner() -> None:
     """Promise: `lasagna plan ... --json | jq` works: nothing else is on standard output."""

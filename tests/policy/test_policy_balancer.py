@@ -154,19 +154,21 @@ def test_no_other_chain_of_parts_ends_sooner(data: st.DataObject) -> None:
     for belief in balancer.servers.values():
         for bucket in (belief.work, belief.down, belief.up):
             bucket.fill(data.draw(st.floats(0.0, 0.4)), data.draw(seconds))
+        belief.factor = data.draw(st.sampled_from([1.0, 0.5, 4.0]))
     for share in balancer._shares.values():
         share.fill(0.0, data.draw(seconds))
-    asked = Asked(0.1, 1, "m", 0.5)
+    rows = data.draw(st.integers(1, 3))
+    asked = Asked(0.1, 1, "m", 0.5, rows)
 
     def ends_s(chain: tuple[Part, ...]) -> float:
         time_s, before = asked.at_s, None
         for part in chain:
             costs, belief = parts[part], balancer.servers[part.server]
-            time_s = carried_s(costs.in_bytes, time_s, before, belief)
+            time_s = carried_s(rows * costs.in_bytes, time_s, before, belief)
             held_s = balancer._shares[part].wait_s(asked.at_s)
-            time_s += max(belief.backlog_s(time_s), held_s) + belief.through_s(costs, 1)
+            time_s += max(belief.backlog_s(time_s), held_s) + belief.through_s(costs, rows)
             before = belief
-        return carried_s(parts[chain[-1]].out_bytes, time_s, before, None)
+        return carried_s(rows * parts[chain[-1]].out_bytes, time_s, before, None)
 
     pairs = [*((one,) for one in parts), *product(parts, parts)]
     ends = {chain: ends_s(chain) for chain in pairs if is_chain(chain, 4)}

@@ -288,6 +288,19 @@ def test_arranging_and_planning_take_their_time() -> None:
     assert rig.answers("a", 1) == pytest.approx(1.0 + 0.5 + loads_s + usual_s, rel=1e-3)
 
 
+def test_a_closed_enclave_hears_nothing_any_more() -> None:
+    """A plan that was being worked out for it begins no run of a server that is gone."""
+    rig = Rig({"a": SMALL}, calibration=Calibration(plan_s=0.25))
+    rig.arrive("a")
+    assert not rig.runs, "it is still being planned for"
+    heard = len(rig.log)
+    rig.enclave.close()
+    rig.clock.run()
+    assert rig.clock.now_s >= 0.25
+    assert len(rig.log) == heard
+    assert not rig.ends
+
+
 def test_pins_follow_the_mix() -> None:
     """A scheduler that sees another mix moves pins, and what was loaded for them is counted."""
     costs = dict.fromkeys("ab", model(8, 0.02, weight=10 * MB, max_rows=1))

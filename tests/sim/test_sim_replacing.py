@@ -63,7 +63,7 @@ def test_a_server_that_returns_is_used_again() -> None:
 
 
 def test_a_server_that_slows_down_is_planned_for_anew() -> None:
-    """Its rate in the plan follows what its reports say."""
+    """It is noticed by its reports, and another server takes its work."""
     run, outcome = simulated([ServerSlows(1.0, "s1", 4.0)])
     assert outcome.moves.looked >= 1
     assert outcome.requests.figures().answered == outcome.requests.figures().count

@@ -122,6 +122,7 @@ class VirtualEnclave:
         self._shape = machine
         self._costs: Mapping[str, ModelCosts] = {}
         self._life = 0
+        self._closed = False
         self._prepared = False
         self._queue: deque[Run] = deque()
         self._gangs: dict[tuple[str, int], Gang] = {}
@@ -157,12 +158,17 @@ class VirtualEnclave:
 
     def die(self, restart_s: float) -> None:
         """The enclave is lost with everything in it; after so many seconds there is another."""
-        self.stop()
+        self._stop()
         self.tell(EnclaveLost(self._clock.now_s))
         self._clock.at(self._clock.now_s + restart_s, self._ready, self._life)
 
-    def stop(self) -> None:
-        """Nothing that is under way comes to an end; the scheduler is told nothing."""
+    def close(self) -> None:
+        """It ends for good, with its scheduler, which is told nothing any more."""
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        """Nothing that is under way comes to an end."""
         self._life += 1
         self._queue.clear()
         self._gangs.clear()
@@ -190,7 +196,7 @@ class VirtualEnclave:
                 case Plan():
                     due_s = self._clock.now_s + self._calibration.plan_s
                     planned = self._planner.plan(command, due_s)
-                    self._clock.at(due_s, self._planned, (self.scheduler, planned))
+                    self._clock.at(due_s, self._planned, planned)
                 case Arrange(plan):
                     self._arrange(plan)
                 case Pin() | Unpin():
@@ -202,10 +208,9 @@ class VirtualEnclave:
 
     # Memory.
 
-    def _planned(self, facts: tuple[Scheduler, Planned]) -> None:
+    def _planned(self, planned: Planned) -> None:
         """A host works on plans, so the death of its enclave doesn't stop it."""
-        scheduler, planned = facts
-        if scheduler is self.scheduler:
+        if not self._closed:
             self.tell(planned)
 
     def _arrange(self, plan: MemoryPlan | None) -> None:

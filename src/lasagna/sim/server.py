@@ -210,7 +210,7 @@ class VirtualServer:
         self.losses += 1
         self.alive = self._started = False
         self._tickets.clear()
-        self.enclave.stop()
+        self.enclave.close()
         self._renew()
 
     def _renew(self) -> None:
