@@ -11,7 +11,7 @@ as the neediest column asks for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Final
 
@@ -120,29 +120,32 @@ def columns_of(
         lone: of requests that meet no others, too: without batches there is more room for weights.
     """
     found: list[Column] = []
-    known: dict[tuple[str, Machine, float], Staging] = {}
+    known: dict[tuple[ModelCosts, Machine, tuple[int, ...]], list[Column]] = {}
     for number, server in enumerate(kinds_of(cluster.servers)):
-        room = room_on(server)
         for model in cluster.wanted:
             costs = at_speed(sliced(cluster.models[model]), server.speed)
             ends = (0, *cuts[model], len(costs.slices))
-            made: dict[tuple[int, int], list[Column]] = {}
-            key = (model, shape_of(server), server.speed)
-            staging = known.get(key)
-            if staging is None:
-                staging = known[key] = Staging(costs, shape_of(server), MAX_ROWS)
-            every = [staging.within(int(room * share)) for share in RUNNING]
-            if lone:
-                every.append((Stage(0, len(costs.slices), 1),))
-            for stages in every:
-                sums = _Sums(costs, stages, shape_of(server))
-                for a, first in enumerate(ends[:-1]):
-                    for last in ends[a + 1 :]:
-                        those = made.setdefault((first, last), [])
-                        those += sums.columns(model, first, last, number, room)
-            for those in made.values():
-                found += _unbeaten(those)
+            key = costs, server.machine, ends  # links and names don't matter
+            if key not in known:
+                known[key] = _columns(costs, server, ends, lone=lone)
+            found += [replace(column, model=model, kind=number) for column in known[key]]
     return found
+
+
+def _columns(costs: ModelCosts, server: Server, ends: Sequence[int], *, lone: bool) -> list[Column]:
+    """Of a model with these costs at the server's speed."""
+    room, machine = room_on(server), shape_of(server)
+    staging = Staging(costs, machine, MAX_ROWS)
+    every = [staging.within(int(room * share)) for share in RUNNING]
+    if lone:
+        every.append((Stage(0, len(costs.slices), 1),))
+    made: dict[tuple[int, int], list[Column]] = {}
+    for stages in every:
+        sums = _Sums(costs, stages, machine)
+        for a, first in enumerate(ends[:-1]):
+            for last in ends[a + 1 :]:
+                made.setdefault((first, last), []).extend(sums.columns(first, last, room))
+    return [column for those in made.values() for column in _unbeaten(those)]
 
 
 def cuts_of(costs: ModelCosts, most: int = CUTS) -> tuple[int, ...]:
@@ -192,7 +195,7 @@ class _Sums:
             for each in rows
         }
 
-    def columns(self, model: str, first: int, last: int, kind: int, room: int) -> list[Column]:
+    def columns(self, first: int, last: int, room: int) -> list[Column]:
         """The part with each share of its weights pinned that there is room for.
 
         Weights of stages with small batches are pinned first: they would be loaded most often.
@@ -225,10 +228,10 @@ class _Sums:
             loads = self._loads(stages, pinned)
             made.append(
                 Column(
-                    model,
+                    "",
                     first,
                     last,
-                    kind,
+                    0,
                     pinned + waiting,
                     running_bytes,
                     through,

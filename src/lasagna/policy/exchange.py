@@ -37,6 +37,9 @@ WIDEST: Final = 4096
 thousand may be one column on many servers, of which none has room: 64 ended too soon."""
 GAIN: Final = 1e-6
 """Of the sum that counts as better."""
+STALLED: Final = 200
+"""Attempts in which the sum has to grow by ``GROWS``, or another beginning gets the time."""
+GROWS: Final = 1e-3
 
 Array = NDArray[Any]
 
@@ -47,6 +50,8 @@ def exchanged(
     columns: Mapping[int, Sequence[Column]],
     bound: float,
     left: Callable[[], bool],
+    *,
+    patient: bool = True,
 ) -> Choice:
     """Change columns one server at a time, as long as that helps.
 
@@ -56,8 +61,9 @@ def exchanged(
         columns: of each server, by number, that it may have.
         bound: on the scale.
         left: whether there is time for another attempt.
+        patient: go on also where little is gained.
     """
-    return _Exchange(cluster, choice, columns, bound).run(left)
+    return _Exchange(cluster, choice, columns, bound).run(left, patient=patient)
 
 
 def best_exchanged(
@@ -73,6 +79,7 @@ def best_exchanged(
     """The best choice after exchanges from each of several beginnings, which share the time alike.
 
     Which one is the best shows late: to leave out those that are behind at half-time lost the best.
+    But one that hardly gains any more leaves its time to the next.
 
     Args:
         cluster: as of ``exchanged``, like the next three.
@@ -93,7 +100,8 @@ def best_exchanged(
     found: list[tuple[float, Choice]] = []
     for number, begin in enumerate(begins):
         ends_s = clock() + (until_s - clock()) / (len(begins) - number)
-        choice = exchanged(cluster, begin, columns, bound, before(ends_s))
+        last = number + 1 == len(begins)
+        choice = exchanged(cluster, begin, columns, bound, before(ends_s), patient=last)
         found.append((value(choice), choice))
     return max(found, key=lambda one: one[0])
 
@@ -147,14 +155,21 @@ class _Exchange:
             for column in own_columns:
                 program.put(number, column)
         self._value = program.solve()
+        program.keep()
 
-    def run(self, left: Callable[[], bool]) -> Choice:
+    def run(self, left: Callable[[], bool], *, patient: bool) -> Choice:
         wide, failed = 1, set[tuple[int, Column]]()
+        tries, since = 0, self._value
         while wide <= WIDEST and left():
             promising = self._promising(wide)
             for number, column in (one for one in promising if one not in failed):
                 if not left():
                     break
+                tries += 1
+                if tries % STALLED == 0:
+                    if not patient and self._value < (1 + GROWS) * since:
+                        return Choice(tuple(map(tuple, self._here)))
+                    since = self._value
                 if self._try(number, column):
                     wide, failed = 1, set()
                     break
@@ -214,9 +229,9 @@ class _Exchange:
             value = self._program.solve()
             if value > self._value * (1 + GAIN):
                 self._value, self._here[number] = value, after
+                self._program.keep()
                 return True
             self._swap(number, after, before)
-        self._program.solve()
         return False
 
     def _swap(self, number: int, before: Sequence[Column], after: Sequence[Column]) -> None:
@@ -274,6 +289,7 @@ class _Program:
         self._rows: dict[tuple[str, int], int] = {}
         self._known: dict[tuple[int, Column], int] = {}
         self._values: Sequence[float] = []
+        self._prices: Array = np.array([])
         none = np.array([], np.int32)
         for _ in range(3 * len(cluster.servers)):
             self._highs.addRow(-highspy.kHighsInf, 1.0, 0, none, none.astype(float))
@@ -327,18 +343,22 @@ class _Program:
         self._highs.changeColBounds(self._known[number, column], 0.0, 0.0)
 
     def rate(self, number: int, column: Column) -> float:
-        """Requests a second through a column, of the last solution."""
+        """Requests a second through a column, of the solution that was kept."""
         return self._values[self._known[number, column]]
 
     def solve(self) -> float:
         """The sum that is maximised."""
         self._highs.run()
-        self._values = list(self._highs.getSolution().col_value)
         return float(self._highs.getInfo().objective_function_value)
 
+    def keep(self) -> None:
+        """The last solution is the one to go on from: others are only tried."""
+        solution = self._highs.getSolution()
+        self._values, self._prices = list(solution.col_value), np.array(solution.row_dual)
+
     def prices(self) -> Array:
-        """Of each row: what one more of it would be worth."""
-        return np.array(self._highs.getSolution().row_dual)
+        """Of each row, in the solution that was kept: what one more of it would be worth."""
+        return self._prices
 
     def _column(
         self, gain: float, most: float, rows: Sequence[int], values: Sequence[float]
