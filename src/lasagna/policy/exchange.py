@@ -21,9 +21,9 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from lasagna.policy.cluster import Cluster, Server, sliced
-from lasagna.policy.columns import Column
-from lasagna.policy.flow import Choice, fits
+from lasagna.policy.cluster import Cluster, sliced
+from lasagna.policy.columns import Column, room_on
+from lasagna.policy.flow import Choice, memory_of
 
 STEPS: Final = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 """Shares of the bound at which another unit of load is worth half as much."""
@@ -32,14 +32,13 @@ TRIED: Final = 24
 """Columns that are tried between two looks at the prices."""
 EACH: Final = 3
 """Of these, for one server."""
-WIDEST: Final = 4096
-"""By how much more are tried where none helps, before the search ends: nearly all. The first
-thousand may be one column on many servers, of which none has room: 64 ended too soon."""
+LOSSES: Final = ((0.2, 64), (float("inf"), 4096))
+"""Share of its time that a server may spend on columns that go for another one; and by how much
+more columns are tried where none helps, in the end nearly all: the first thousand may be one column
+on many servers, of which none has room. Of exchanges that cost all of a server's time one in a
+thousand helps, of those that cost a fifth of it one in six."""
 GAIN: Final = 1e-6
 """Of the sum that counts as better."""
-STALLED: Final = 200
-"""Attempts in which the sum has to grow by ``GROWS``, or another beginning gets the time."""
-GROWS: Final = 1e-3
 
 Array = NDArray[Any]
 
@@ -50,8 +49,6 @@ def exchanged(
     columns: Mapping[int, Sequence[Column]],
     bound: float,
     left: Callable[[], bool],
-    *,
-    patient: bool = True,
 ) -> Choice:
     """Change columns one server at a time, as long as that helps.
 
@@ -61,9 +58,8 @@ def exchanged(
         columns: of each server, by number, that it may have.
         bound: on the scale.
         left: whether there is time for another attempt.
-        patient: go on also where little is gained.
     """
-    return _Exchange(cluster, choice, columns, bound).run(left, patient=patient)
+    return _Exchange(cluster, choice, columns, bound).run(left)
 
 
 def best_exchanged(
@@ -79,7 +75,6 @@ def best_exchanged(
     """The best choice after exchanges from each of several beginnings, which share the time alike.
 
     Which one is the best shows late: to leave out those that are behind at half-time lost the best.
-    But one that hardly gains any more leaves its time to the next.
 
     Args:
         cluster: as of ``exchanged``, like the next three.
@@ -100,8 +95,7 @@ def best_exchanged(
     found: list[tuple[float, Choice]] = []
     for number, begin in enumerate(begins):
         ends_s = clock() + (until_s - clock()) / (len(begins) - number)
-        last = number + 1 == len(begins)
-        choice = exchanged(cluster, begin, columns, bound, before(ends_s), patient=last)
+        choice = exchanged(cluster, begin, columns, bound, before(ends_s))
         found.append((value(choice), choice))
     return max(found, key=lambda one: one[0])
 
@@ -120,6 +114,14 @@ class _Table:
     ways: Mapping[tuple[str, int, int], Sequence[Column]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """Columns of a server's table, by their places in it, and what each would gain: most first."""
+
+    places: Array
+    gains: Array
+
+
 class _Exchange:
     def __init__(
         self,
@@ -131,6 +133,7 @@ class _Exchange:
         self._cluster = cluster
         self._program = program = _Program(cluster, bound)
         self._here = [list(own) for own in choice.columns]
+        self._rooms = [room_on(server) for server in cluster.servers]
         tables: dict[int, _Table] = {}
         self._tables = []
         for number in range(len(cluster.servers)):
@@ -157,63 +160,67 @@ class _Exchange:
         self._value = program.solve()
         program.keep()
 
-    def run(self, left: Callable[[], bool], *, patient: bool) -> Choice:
-        wide, failed = 1, set[tuple[int, Column]]()
-        tries, since = 0, self._value
-        while wide <= WIDEST and left():
-            promising = self._promising(wide)
-            for number, column in (one for one in promising if one not in failed):
-                if not left():
-                    break
-                tries += 1
-                if tries % STALLED == 0:
-                    if not patient and self._value < (1 + GROWS) * since:
-                        return Choice(tuple(map(tuple, self._here)))
-                    since = self._value
-                if self._try(number, column):
-                    wide, failed = 1, set()
-                    break
-                failed.add((number, column))
+    def run(self, left: Callable[[], bool]) -> Choice:
+        ranks, losses = self._ranks(), 0
+        while losses < len(LOSSES) and left():
+            loss, widest = LOSSES[losses]
+            promising = itertools.takewhile(lambda _: left(), self._promising(ranks, widest))
+            if any(self._try(number, column, loss) for number, column in promising):
+                ranks, losses = self._ranks(), 0
             else:
-                wide *= 2
+                losses += 1
         return Choice(tuple(map(tuple, self._here)))
 
-    def _promising(self, wide: int) -> list[tuple[int, Column]]:
-        """Columns that gain most for a second of a server's time, by the prices of now.
+    def _promising(self, ranks: Sequence[_Rank], widest: int) -> Iterator[tuple[int, Column]]:
+        """Servers with columns that gain most for a second of their time: few of each, then more.
 
         Args:
-            wide: by how much more of them, where the first ones have not helped.
+            ranks: of each server.
+            widest: by how much more at most.
         """
+        seen: set[tuple[int, int]] = set()
+        for wide in itertools.takewhile(lambda n: n <= widest, (2**n for n in itertools.count())):
+            few = [rank.gains[: EACH * wide] for rank in ranks]
+            numbers = np.repeat(np.arange(len(few)), [len(gains) for gains in few])
+            places = np.concatenate([rank.places[: EACH * wide] for rank in ranks])
+            best = np.argsort(-np.concatenate(few), kind="stable")[: TRIED * wide]
+            for one in zip(numbers[best].tolist(), places[best].tolist(), strict=True):
+                if one not in seen:
+                    seen.add(one)
+                    number, place = one
+                    column = self._tables[number].columns[place]
+                    if column not in self._here[number]:
+                        yield number, column
+
+    def _ranks(self) -> list[_Rank]:
+        """Of each server, by the prices of now."""
         prices = self._program.prices()
-        into, out = self._joints()
-        every: list[tuple[float, int, int]] = []
-        alike: dict[int, tuple[Array, Array]] = {}
+        tables = {id(table): table for table in self._tables}
+        joined = {key: self._joined(table) for key, table in tables.items()}
+        worth = {key: self._worth(tables[key], prices)[places] for key, places in joined.items()}
+        found = []
         for number, server in enumerate(self._cluster.servers):
             table = self._tables[number]
-            if id(table) not in alike:
-                joined = np.isin(table.begins, into) & np.isin(table.ends, out)
-                alike[id(table)] = np.flatnonzero(joined), self._worth(table, prices)[joined]
-            places, worth = alike[id(table)]
+            places = joined[id(table)]
             time, come, leave = self._program.rows_of(number)
             carried = prices[come] * table.in_bytes[places]
             carried += prices[leave] * table.out_bytes[places]
-            gains = (worth - carried / server.bandwidth) / table.work_s[places] - prices[time]
-            best = np.argsort(-gains)[: EACH * wide]
-            every += [(float(gains[index]), number, int(places[index])) for index in best]
-        every.sort(key=lambda one: (-one[0], one[1], one[2]))
-        return [
-            (number, self._tables[number].columns[index])
-            for gain, number, index in every[: TRIED * wide]
-            if gain > GAIN and self._tables[number].columns[index] not in self._here[number]
-        ]
+            gains = (worth[id(table)] - carried / server.bandwidth) / table.work_s[places]
+            gains -= prices[time]
+            some = np.flatnonzero(gains > GAIN)
+            best = some[np.argsort(-gains[some], kind="stable")]
+            found.append(_Rank(places[best], gains[best]))
+        return found
 
-    def _joints(self) -> tuple[list[int], list[int]]:
-        """Rows at which a part may begin, and end: where requests come to, or go on from."""
-        row_of, own = self._program.row_of, {c for here in self._here for c in here}
-        sources = {row_of(model, 0) for model in self._cluster.wanted}
-        into = {row_of(column.model, column.last) for column in own} - {-1}
-        out = {row_of(column.model, column.first) for column in own} - sources
-        return [*into, *sources], [*out, -1]
+    def _joined(self, table: _Table) -> Array:
+        """Places of columns that begin and end where requests come to, or go on from."""
+        row_of = self._program.row_of
+        into, out = np.zeros((2, self._program.rows + 1), bool)
+        out[-1] = True  # row -1: requests that are answered
+        for column in {c for here in self._here for c in here}:
+            into[row_of(column.model, column.last)] = out[row_of(column.model, column.first)] = True
+        into[[row_of(model, 0) for model in self._cluster.wanted]] = True
+        return np.flatnonzero(into[table.begins] & out[table.ends])
 
     def _worth(self, table: _Table, prices: Array) -> Array:
         """Of a request through each column: what it is worth behind it less what it is before."""
@@ -222,9 +229,9 @@ class _Exchange:
         worth: Array = -before - padded[table.ends]
         return worth
 
-    def _try(self, number: int, column: Column) -> bool:
+    def _try(self, number: int, column: Column, loss: float) -> bool:
         before = self._here[number]
-        for after in self._ways(number, column):
+        for after in self._ways(number, column, loss):
             self._swap(number, before, after)
             value = self._program.solve()
             if value > self._value * (1 + GAIN):
@@ -242,28 +249,33 @@ class _Exchange:
             if column not in before:
                 self._program.put(number, column)
 
-    def _ways(self, number: int, column: Column) -> Iterator[list[Column]]:
-        """Sets of columns for a server, with this one among them."""
-        server = self._cluster.servers[number]
+    def _ways(self, number: int, column: Column, loss: float) -> Iterator[list[Column]]:
+        """Sets of columns for a server, with this one among them: first those that cost least.
+
+        Args:
+            number: of the server.
+            column: that it gets.
+            loss: share of its time that it may spend on those that go.
+        """
         others = [c for c in self._here[number] if _part(c) != _part(column)]
-        if fits(server, [*others, column]):
+        if memory_of([*others, column]) <= self._rooms[number]:
             yield [*others, column]
         else:
-            leaner = self._leaner(number, server, others, column)
+            leaner = self._leaner(number, others, column)
             if leaner is not None:
                 yield leaner
-        used = [c for c in others if self._program.rate(number, c) > 1e-9]
-        if len(used) < len(others) and fits(server, [*used, column]):
-            yield [*used, column]
-        for gone in others if len(others) > 1 else ():
-            rest = [c for c in others if c is not gone]
-            if fits(server, [*rest, column]):
-                yield [*rest, column]
-        yield [column]
+        busy = {c: self._program.rate(number, c) * c.work_s for c in others}
+        used = [c for c in others if busy[c] > 1e-9]
+        idlest = sorted(others, key=busy.__getitem__)
+        fewer = [used, *([c for c in others if c is not gone] for gone in idlest), []]
+        for index, kept in enumerate(fewer):
+            if sum(busy[c] for c in others if c not in kept) > loss:
+                return
+            known = kept == others or kept in fewer[:index]
+            if not known and memory_of([*kept, column]) <= self._rooms[number]:
+                yield [*kept, column]
 
-    def _leaner(
-        self, number: int, server: Server, others: Sequence[Column], column: Column
-    ) -> list[Column] | None:
+    def _leaner(self, number: int, others: Sequence[Column], column: Column) -> list[Column] | None:
         """All of them, in ways that take less memory where they must."""
         here = list(others)
         for index, other in enumerate(others):
@@ -271,7 +283,7 @@ class _Exchange:
                 if way.alone_bytes >= here[index].alone_bytes:
                     continue
                 here[index] = way
-                if fits(server, [*here, column]):
+                if memory_of([*here, column]) <= self._rooms[number]:
                     return [*here, column]
         return None
 
@@ -293,7 +305,7 @@ class _Program:
         none = np.array([], np.int32)
         for _ in range(3 * len(cluster.servers)):
             self._highs.addRow(-highspy.kHighsInf, 1.0, 0, none, none.astype(float))
-        self._count = 3 * len(cluster.servers)
+        self.rows = 3 * len(cluster.servers)
         edges = [0.0, *STEPS]
         for model in cluster.wanted:
             source = self.row_of(model, 0)
@@ -313,8 +325,8 @@ class _Program:
         if row is None:
             none = np.array([], np.int32)
             self._highs.addRow(0.0, 0.0, 0, none, none.astype(float))
-            row = self._rows[model, cut] = self._count
-            self._count += 1
+            row = self._rows[model, cut] = self.rows
+            self.rows += 1
         return row
 
     def put(self, number: int, column: Column) -> None:

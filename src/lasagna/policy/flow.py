@@ -266,10 +266,15 @@ def fits(server: Server, columns: Iterable[Column]) -> bool:
     here = list(columns)
     if len({(one.model, one.first, one.last) for one in here}) < len(here):
         return False
-    own = sum(one.own_bytes for one in here)
-    running = max((one.running_bytes for one in here), default=0)
-    ring = max((one.ring_bytes for one in here), default=0)
-    return own + running + ring <= room_on(server)
+    return memory_of(here) <= room_on(server)
+
+
+def memory_of(columns: Collection[Column]) -> int:
+    """Bytes that a server needs for all of these at once, each of another part."""
+    own = sum(one.own_bytes for one in columns)
+    running = max((one.running_bytes for one in columns), default=0)
+    ring = max((one.ring_bytes for one in columns), default=0)
+    return own + running + ring
 
 
 def _remember(program: Program, server: Server, picks: Mapping[Column, int]) -> tuple[int, int]:
