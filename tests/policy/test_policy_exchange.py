@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import combinations, count, pairwise
 
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from tests.policy.machine import MB, linear
 from tests.policy.test_policy_placement import cluster, clusters, server
 
+from lasagna.bench.plan import random_cluster, random_model
+from lasagna.policy import exchange
 from lasagna.policy.cluster import Cluster, sliced
 from lasagna.policy.columns import Column, columns_of, cuts_of, kinds_of
-from lasagna.policy.exchange import best_exchanged, exchanged
+from lasagna.policy.exchange import _Exchange, best_exchanged, exchanged
 from lasagna.policy.flow import Choice, chosen, fits, relaxed
 
 
@@ -64,6 +68,36 @@ def test_a_poor_model_gets_room_on_a_rich_ones_server() -> None:
     assert before > 0
     found = searched(given_, Choice(tuple(begin)))
     assert scale_of(given_, found) > 1.3 * before
+
+
+def test_where_nothing_cheaper_helps_busy_columns_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four servers and three models the search gets no further by cheap exchanges alone."""
+    rng = np.random.default_rng(23)
+    models = {f"m{n}": random_model(rng, 4, 20 * MB) for n in range(3)}
+    given_ = random_cluster(rng, 4, 2, models)
+    every = scale_of(given_, searched(given_, Choice(((),) * 4), attempts=100_000))
+    monkeypatch.setattr(exchange, "LOSSES", exchange.LOSSES[:1])
+    cheap = scale_of(given_, searched(given_, Choice(((),) * 4), attempts=100_000))
+    assert every > 1.05 * cheap > 0
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@given(clusters())
+def test_exchanges_are_tried_from_the_cheapest_and_none_in_vain(given_: Cluster) -> None:
+    """All fit and have the new column; what would be left of one before is not tried again."""
+    columns, free = columns_for(given_)
+    most = relaxed(given_, columns, "throughput")
+    if most is None:
+        return
+    here = searched(given_, Choice(((),) * len(given_.servers)), attempts=60)
+    search = _Exchange(given_, here, free, most[0].scale)
+    for number, one in enumerate(given_.servers):
+        for column in free[number][:: max(1, len(free[number]) // 10)]:
+            ways = list(search._ways(number, column))
+            assert all(column in after and fits(one, after) for _, after in ways)
+            assert all(low <= high for (low, _), (high, _) in pairwise(ways))
+            for (_, before), (_, after) in combinations(ways, 2):
+                assert not set(before) >= set(after)
 
 
 def test_the_best_of_several_beginnings_is_taken() -> None:

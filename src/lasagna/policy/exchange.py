@@ -29,14 +29,14 @@ STEPS: Final = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 """Shares of the bound at which another unit of load is worth half as much."""
 WORTH: Final = 0.5
 TRIED: Final = 24
-"""Columns that are tried between two looks at the prices."""
+"""Columns that are tried first, and then twice as many, as long as none helps."""
 EACH: Final = 3
 """Of these, for one server."""
-LOSSES: Final = ((0.2, 64), (float("inf"), 4096))
-"""Share of its time that a server may spend on columns that go for another one; and by how much
-more columns are tried where none helps, in the end nearly all: the first thousand may be one column
-on many servers, of which none has room. Of exchanges that cost all of a server's time one in a
-thousand helps, of those that cost a fifth of it one in six."""
+LOSSES: Final = (0.2, float("inf"))
+"""Share of a server's time that was used by columns that go for another one: only where nothing
+helps that costs no more than the first, what costs more is tried. Of exchanges that throw out two
+or more columns, all of a server's work, one in a thousand helps; of those that cost a fifth of its
+time at most one in six (experiment 7)."""
 GAIN: Final = 1e-6
 """Of the sum that counts as better."""
 
@@ -161,25 +161,25 @@ class _Exchange:
         program.keep()
 
     def run(self, left: Callable[[], bool]) -> Choice:
-        ranks, losses = self._ranks(), 0
-        while losses < len(LOSSES) and left():
-            loss, widest = LOSSES[losses]
-            promising = itertools.takewhile(lambda _: left(), self._promising(ranks, widest))
-            if any(self._try(number, column, loss) for number, column in promising):
-                ranks, losses = self._ranks(), 0
+        ranks, costs = self._ranks(), list(itertools.pairwise((-1.0, *LOSSES)))
+        level = 0
+        while level < len(costs) and left():
+            promising = itertools.takewhile(lambda _: left(), self._promising(ranks))
+            if any(self._try(number, column, *costs[level]) for number, column in promising):
+                ranks, level = self._ranks(), 0
             else:
-                losses += 1
+                level += 1
         return Choice(tuple(map(tuple, self._here)))
 
-    def _promising(self, ranks: Sequence[_Rank], widest: int) -> Iterator[tuple[int, Column]]:
+    def _promising(self, ranks: Sequence[_Rank]) -> Iterator[tuple[int, Column]]:
         """Servers with columns that gain most for a second of their time: few of each, then more.
 
         Args:
             ranks: of each server.
-            widest: by how much more at most.
         """
         seen: set[tuple[int, int]] = set()
-        for wide in itertools.takewhile(lambda n: n <= widest, (2**n for n in itertools.count())):
+        every, wide = sum(len(rank.places) for rank in ranks), 1
+        while len(seen) < every:
             few = [rank.gains[: EACH * wide] for rank in ranks]
             numbers = np.repeat(np.arange(len(few)), [len(gains) for gains in few])
             places = np.concatenate([rank.places[: EACH * wide] for rank in ranks])
@@ -191,12 +191,14 @@ class _Exchange:
                     column = self._tables[number].columns[place]
                     if column not in self._here[number]:
                         yield number, column
+            wide *= 2
 
     def _ranks(self) -> list[_Rank]:
         """Of each server, by the prices of now."""
         prices = self._program.prices()
+        into, out = self._joints()
         tables = {id(table): table for table in self._tables}
-        joined = {key: self._joined(table) for key, table in tables.items()}
+        joined = {key: np.flatnonzero(into[t.begins] & out[t.ends]) for key, t in tables.items()}
         worth = {key: self._worth(tables[key], prices)[places] for key, places in joined.items()}
         found = []
         for number, server in enumerate(self._cluster.servers):
@@ -212,15 +214,15 @@ class _Exchange:
             found.append(_Rank(places[best], gains[best]))
         return found
 
-    def _joined(self, table: _Table) -> Array:
-        """Places of columns that begin and end where requests come to, or go on from."""
+    def _joints(self) -> tuple[Array, Array]:
+        """Of each row, whether requests come to its cut, and whether they go on from there."""
         row_of = self._program.row_of
         into, out = np.zeros((2, self._program.rows + 1), bool)
         out[-1] = True  # row -1: requests that are answered
         for column in {c for here in self._here for c in here}:
             into[row_of(column.model, column.last)] = out[row_of(column.model, column.first)] = True
         into[[row_of(model, 0) for model in self._cluster.wanted]] = True
-        return np.flatnonzero(into[table.begins] & out[table.ends])
+        return into, out
 
     def _worth(self, table: _Table, prices: Array) -> Array:
         """Of a request through each column: what it is worth behind it less what it is before."""
@@ -229,9 +231,13 @@ class _Exchange:
         worth: Array = -before - padded[table.ends]
         return worth
 
-    def _try(self, number: int, column: Column, loss: float) -> bool:
+    def _try(self, number: int, column: Column, low: float, high: float) -> bool:
         before = self._here[number]
-        for after in self._ways(number, column, loss):
+        for cost, after in self._ways(number, column):
+            if cost <= low:
+                continue
+            if cost > high:
+                break
             self._swap(number, before, after)
             value = self._program.solve()
             if value > self._value * (1 + GAIN):
@@ -249,31 +255,35 @@ class _Exchange:
             if column not in before:
                 self._program.put(number, column)
 
-    def _ways(self, number: int, column: Column, loss: float) -> Iterator[list[Column]]:
-        """Sets of columns for a server, with this one among them: first those that cost least.
+    def _ways(self, number: int, column: Column) -> Iterator[tuple[float, list[Column]]]:
+        """Sets of columns for a server, with this one among them, and what each costs: least first.
+
+        None is a part of one before it, which could carry no more.
 
         Args:
             number: of the server.
             column: that it gets.
-            loss: share of its time that it may spend on those that go.
+
+        Returns:
+            Shares of the server's time that those used which go, with those that it has then.
         """
         others = [c for c in self._here[number] if _part(c) != _part(column)]
         if memory_of([*others, column]) <= self._rooms[number]:
-            yield [*others, column]
-        else:
-            leaner = self._leaner(number, others, column)
-            if leaner is not None:
-                yield leaner
+            yield 0.0, [*others, column]
+            return
+        tried = []
+        leaner = self._leaner(number, others, column)
+        if leaner is not None:
+            tried.append(set(leaner))
+            yield 0.0, leaner
         busy = {c: self._program.rate(number, c) * c.work_s for c in others}
         used = [c for c in others if busy[c] > 1e-9]
         idlest = sorted(others, key=busy.__getitem__)
-        fewer = [used, *([c for c in others if c is not gone] for gone in idlest), []]
-        for index, kept in enumerate(fewer):
-            if sum(busy[c] for c in others if c not in kept) > loss:
-                return
-            known = kept == others or kept in fewer[:index]
-            if not known and memory_of([*kept, column]) <= self._rooms[number]:
-                yield [*kept, column]
+        for kept in (used, *([c for c in others if c is not gone] for gone in idlest), []):
+            part = any(known.issuperset(kept) for known in tried)
+            if not part and memory_of([*kept, column]) <= self._rooms[number]:
+                tried.append(set(kept))
+                yield sum(busy[c] for c in others if c not in kept), [*kept, column]
 
     def _leaner(self, number: int, others: Sequence[Column], column: Column) -> list[Column] | None:
         """All of them, in ways that take less memory where they must."""
@@ -359,8 +369,10 @@ class _Program:
         return self._values[self._known[number, column]]
 
     def solve(self) -> float:
-        """The sum that is maximised."""
+        """The sum that is maximised; minus infinity if the solver doesn't find its optimum."""
         self._highs.run()
+        if self._highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return -float("inf")
         return float(self._highs.getInfo().objective_function_value)
 
     def keep(self) -> None:
